@@ -1,0 +1,2 @@
+//! vhost-user device with private memory and a DMA copy engine.
+pub mod abi;
