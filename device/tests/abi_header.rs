@@ -55,10 +55,9 @@ fn kernel_style(header: &str) -> String {
                 lines.push(text.replace(['`', '[', ']'], "").replace("::", "."));
             }
         } else {
-            let indent = if line.starts_with("        ") {
-                "\t"
-            } else {
-                ""
+            let (indent, code) = match line.strip_prefix("        ") {
+                Some(field) => ("\t", field),
+                None => ("", line),
             };
             if let Some(doc) = doc.take() {
                 out.push_str(&comment(indent, code, &doc));
