@@ -1,2 +1,278 @@
-//! Placeholder.
-fn main() {}
+//! First program of the guest.
+
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hmm_init::{
+    ALIVE_SECONDS, Bytes, Driver, Event, Input, ORDER_PATH, Order, PORT, Stream, Terminal, receive,
+    send,
+};
+use rustix::mount::{MountFlags, mount};
+use rustix::process::{Pid, WaitOptions};
+use rustix::system::{RebootCommand, finit_module, reboot};
+
+/// How long output may be missing after the program's end before it counts
+/// as complete: a child of the program may hold the pipe open for ever.
+const LAST_OUTPUT: Duration = Duration::from_millis(300);
+const DEVICE_WAIT: Duration = Duration::from_secs(10);
+
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("cannot mount {0}")]
+    Mount(&'static str, #[source] rustix::io::Errno),
+    #[error("cannot read {0}")]
+    Read(&'static str, #[source] io::Error),
+    #[error("no virtio port named {PORT}")]
+    NoPort,
+    #[error("cannot load {0}")]
+    Load(String, #[source] io::Error),
+    #[error("the driver is loaded but {0} does not appear")]
+    NoDevice(String),
+    #[error("cannot start {0}")]
+    Start(String, #[source] io::Error),
+    #[error("there is no command to run")]
+    NoCommand,
+    #[error("cannot wait for the command")]
+    Wait(#[source] io::Error),
+    #[error("the port to the host failed")]
+    Port(#[source] io::Error),
+}
+
+fn main() {
+    if let Err(error) = guest() {
+        // The console is the last way to the host.
+        eprintln!("hmm-init: {}", with_sources(&error));
+    }
+    // Pages of the file systems are in memory only, there is nothing to sync.
+    let _ = reboot(RebootCommand::PowerOff);
+}
+
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text = format!("{text}: {source}");
+        next = source.source();
+    }
+    text
+}
+
+fn guest() -> Result<(), Error> {
+    for (kind, target) in [
+        ("devtmpfs", "/dev"),
+        ("proc", "/proc"),
+        ("sysfs", "/sys"),
+        ("tmpfs", "/tmp"),
+        ("debugfs", "/sys/kernel/debug"),
+        ("tracefs", "/sys/kernel/tracing"),
+    ] {
+        mount(kind, target, kind, MountFlags::empty(), None::<&std::ffi::CStr>)
+            .map_err(|source| Error::Mount(target, source))?;
+    }
+    // The boot was quiet to be quick; from here on the host reads the log.
+    let _ = fs::write("/proc/sys/kernel/printk", "8");
+
+    let port = open_port()?;
+    let mut to_host = port.try_clone().map_err(Error::Port)?;
+    if let Err(error) = session(port) {
+        send(&mut to_host, &Event::Error { message: with_sources(&error) })
+            .map_err(Error::Port)?;
+    }
+    Ok(())
+}
+
+fn session(port: File) -> Result<(), Error> {
+    let (events, queue) = mpsc::channel();
+    let order: Order = serde_json::from_slice(
+        &fs::read(ORDER_PATH).map_err(|source| Error::Read(ORDER_PATH, source))?,
+    )
+    .map_err(|source| Error::Read(ORDER_PATH, source.into()))?;
+
+    let mut to_host = port.try_clone().map_err(Error::Port)?;
+    send(&mut to_host, &boot_event()?).map_err(Error::Port)?;
+    if let Some(driver) = &order.driver {
+        load(driver)?;
+        send(&mut to_host, &Event::Driver).map_err(Error::Port)?;
+    }
+
+    let pid = match start(&order, port, &events) {
+        Ok(child) => child.id(),
+        // As a shell does: 127 for a program that is not there, 126 for one that cannot run.
+        Err(Error::Start(program, source)) => {
+            let status = if source.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
+            let data = Bytes(format!("hmm-init: {program}: {source}\n").into_bytes());
+            send(&mut to_host, &Event::Output { stream: Stream::Stderr, data })
+                .map_err(Error::Port)?;
+            return send(&mut to_host, &Event::Exit { status: Some(status), signal: None })
+                .map_err(Error::Port);
+        }
+        Err(error) => return Err(error),
+    };
+    thread::spawn(move || {
+        let end = wait(pid).unwrap_or_else(|error| Event::Error { message: with_sources(&error) });
+        let _ = events.send(end);
+    });
+
+    let mut end = None;
+    let mut alive = Instant::now();
+    loop {
+        let patience =
+            if end.is_some() { LAST_OUTPUT } else { Duration::from_secs(ALIVE_SECONDS) };
+        match queue.recv_timeout(patience) {
+            Ok(event @ Event::Output { .. }) => send(&mut to_host, &event).map_err(Error::Port)?,
+            Ok(event) => end = Some(event),
+            Err(RecvTimeoutError::Timeout) if end.is_none() => {}
+            Err(_) => break,
+        }
+        if alive.elapsed().as_secs() >= ALIVE_SECONDS {
+            send(&mut to_host, &Event::Alive).map_err(Error::Port)?;
+            alive = Instant::now();
+        }
+    }
+    send(&mut to_host, &end.unwrap_or(Event::Error { message: "the command is lost".into() }))
+        .map_err(Error::Port)
+}
+
+fn boot_event() -> Result<Event, Error> {
+    let uptime = fs::read_to_string("/proc/uptime")
+        .map_err(|source| Error::Read("/proc/uptime", source))?;
+    // "4.52 3.10": seconds with two decimals.
+    let centiseconds: u64 =
+        uptime.split(' ').next().unwrap_or_default().replace('.', "").parse().unwrap_or(0);
+    Ok(Event::Boot {
+        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        uptime_ms: centiseconds * 10,
+    })
+}
+
+fn open_port() -> Result<File, Error> {
+    let deadline = Instant::now() + DEVICE_WAIT;
+    while Instant::now() < deadline {
+        for entry in fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten() {
+            let name = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
+            if name.trim_end() == PORT {
+                return OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .open(Path::new("/dev").join(entry.file_name()))
+                    .map_err(Error::Port);
+            }
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Err(Error::NoPort)
+}
+
+fn load(driver: &Driver) -> Result<(), Error> {
+    let failed = |source| Error::Load(driver.path.clone(), source);
+    let file = File::open(&driver.path).map_err(failed)?;
+    let parameters = CString::new(driver.parameters.clone())
+        .map_err(|source| failed(io::Error::new(io::ErrorKind::InvalidInput, source)))?;
+    finit_module(file, &parameters, 0).map_err(|errno| failed(errno.into()))?;
+    let deadline = Instant::now() + DEVICE_WAIT;
+    while !Path::new(&driver.node).exists() {
+        if Instant::now() > deadline {
+            return Err(Error::NoDevice(driver.node.clone()));
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+fn start(order: &Order, port: File, events: &Sender<Event>) -> Result<Child, Error> {
+    let (program, arguments) = order.command.split_first().ok_or(Error::NoCommand)?;
+    let mut command = match order.terminal {
+        // A shell needs a controlling terminal for its job control.
+        Some(terminal) => {
+            let mut command = Command::new("setsid");
+            command.arg("-c").arg(program);
+            let [stdin, stdout, stderr] = console(terminal)?;
+            command.stdin(stdin).stdout(stdout).stderr(stderr);
+            command
+        }
+        None => {
+            let mut command = Command::new(program);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            command
+        }
+    };
+    let mut child = command
+        .args(arguments)
+        .envs(&order.environment)
+        .current_dir("/root")
+        .spawn()
+        .map_err(|source| Error::Start(program.clone(), source))?;
+
+    if let Some(stdin) = child.stdin.take() {
+        thread::spawn(move || copy_input(port, stdin));
+    }
+    if let Some(stdout) = child.stdout.take() {
+        let events = events.clone();
+        thread::spawn(move || copy_output(stdout, Stream::Stdout, &events));
+    }
+    if let Some(stderr) = child.stderr.take() {
+        let events = events.clone();
+        thread::spawn(move || copy_output(stderr, Stream::Stderr, &events));
+    }
+    Ok(child)
+}
+
+fn console(terminal: Terminal) -> Result<[File; 3], Error> {
+    const PATH: &str = "/dev/ttyS0";
+    let failed = |source| Error::Read(PATH, source);
+    let open = || OpenOptions::new().read(true).write(true).open(PATH).map_err(failed);
+    let file = open()?;
+    let mut size = rustix::termios::tcgetwinsize(&file).map_err(|errno| failed(errno.into()))?;
+    size.ws_row = terminal.rows;
+    size.ws_col = terminal.columns;
+    rustix::termios::tcsetwinsize(&file, size).map_err(|errno| failed(errno.into()))?;
+    Ok([file, open()?, open()?])
+}
+
+fn copy_input(port: File, mut stdin: impl Write) {
+    let mut port = BufReader::new(port);
+    while let Ok(Some(Input { data: Bytes(data) })) = receive(&mut port) {
+        if data.is_empty() || stdin.write_all(&data).is_err() {
+            return;
+        }
+    }
+}
+
+fn copy_output(mut pipe: impl Read, stream: Stream, events: &Sender<Event>) {
+    let mut buffer = vec![0; 32 * 1024];
+    loop {
+        match pipe.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => {
+                let data = Bytes(buffer.get(..count).unwrap_or_default().to_vec());
+                if events.send(Event::Output { stream, data }).is_err() {
+                    return;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// Waits for the command, and reaps every orphan meanwhile, as process 1 has to.
+fn wait(command: u32) -> Result<Event, Error> {
+    loop {
+        match rustix::process::wait(WaitOptions::empty()) {
+            Ok(Some((pid, status))) if Pid::as_raw(Some(pid)).cast_unsigned() == command => {
+                return Ok(Event::Exit {
+                    status: status.exit_status(),
+                    signal: status.terminating_signal(),
+                });
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(Error::Wait(errno.into())),
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! What the host tells the guest's init, and what init answers.
+//!
+//! The order reaches the guest as one JSON file in the initramfs. Everything
+//! later is JSON, one object a line, over a virtio-serial port.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead, Write};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Name of the virtio-serial port that carries [`Event`] and [`Input`] lines.
+pub const PORT: &str = "org.virtio-hmm.results";
+/// Where the guest finds its [`Order`].
+pub const ORDER_PATH: &str = "/etc/hmm-run.json";
+/// Seconds between two [`Event::Alive`].
+pub const ALIVE_SECONDS: u64 = 2;
+
+/// What one boot is for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Order {
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// Variables added to the program's environment.
+    pub environment: BTreeMap<String, String>,
+    /// Path of the kernel module to load first, and its parameters.
+    pub driver: Option<Driver>,
+    /// Run the program on the serial console, for a person.
+    pub terminal: Option<Terminal>,
+}
+
+/// A kernel module.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Driver {
+    /// Path of the `.ko` file in the guest.
+    pub path: String,
+    /// Parameters, as `insmod` takes them.
+    pub parameters: String,
+    /// Device node that shows that the driver has found its device.
+    pub node: String,
+}
+
+/// Size of the user's terminal, in characters.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Terminal {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub columns: u16,
+}
+
+/// Bytes, base64 on the wire.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bytes(pub Vec<u8>);
+
+impl Serialize for Bytes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&STANDARD.encode(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        STANDARD.decode(text).map(Bytes).map_err(serde::de::Error::custom)
+    }
+}
+
+/// Which stream of the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// Guest to host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+pub enum Event {
+    /// Init runs.
+    Boot {
+        /// Release of the running kernel.
+        kernel: String,
+        /// Milliseconds since the kernel started.
+        uptime_ms: u64,
+    },
+    /// The driver was loaded and has found its device.
+    Driver,
+    /// Init still runs.
+    Alive,
+    /// The program wrote this.
+    Output {
+        /// Where to.
+        stream: Stream,
+        /// What.
+        data: Bytes,
+    },
+    /// The program ended; the guest powers off next.
+    Exit {
+        /// Its exit status, if it had one.
+        status: Option<i32>,
+        /// The signal that ended it otherwise.
+        signal: Option<i32>,
+    },
+    /// Init itself failed; the guest powers off next.
+    Error {
+        /// Why.
+        message: String,
+    },
+}
+
+/// Host to guest: standard input of the program. Empty `data` is its end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Input {
+    /// The next bytes.
+    pub data: Bytes,
+}
+
+/// Writes one message as a line.
+///
+/// # Errors
+/// The message could not be written.
+pub fn send<T: Serialize>(port: &mut impl Write, message: &T) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    port.write_all(&line)?;
+    port.flush()
+}
+
+/// Reads one message; `None` at the end of the stream.
+///
+/// # Errors
+/// The stream could not be read, or its next line is no such message.
+pub fn receive<T: for<'de> Deserialize<'de>>(port: &mut impl BufRead) -> io::Result<Option<T>> {
+    let mut line = Vec::new();
+    if port.read_until(b'\n', &mut line)? == 0 {
+        return Ok(None);
+    }
+    Ok(Some(serde_json::from_slice(&line)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_value_survives_the_port() {
+        let data = Bytes((0..=255).collect());
+        let mut wire = Vec::new();
+        let sent = Event::Output { stream: Stream::Stderr, data };
+        send(&mut wire, &sent).unwrap();
+        assert_eq!(wire.iter().filter(|&&b| b == b'\n').count(), 1);
+        let mut port = wire.as_slice();
+        assert_eq!(receive::<Event>(&mut port).unwrap(), Some(sent));
+        assert_eq!(receive::<Event>(&mut port).unwrap(), None);
+    }
+
+    #[test]
+    fn a_line_that_is_no_message_is_an_error() {
+        assert!(receive::<Event>(&mut b"{\"event\":\"x\"}\n".as_slice()).is_err());
+        assert!(receive::<Input>(&mut b"{\"data\":\"?\"}\n".as_slice()).is_err());
+    }
+}
