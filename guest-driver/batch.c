@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What all migrations share: working memory, dropping a destination, and the
+ * copy from device memory to RAM.
+ */
+#include <linux/mm.h>
+#include <linux/pagemap.h>
+#include <linux/slab.h>
+
+#include "batch.h"
+#include "device.h"
+#include "request.h"
+
+/**
+ * vhmm_batch_alloc() - allocate the working memory of a migration
+ * @dev: the device
+ * @fill: whether it goes to the device and so may have holes to fill
+ *
+ * Return: the batch, or NULL.
+ */
+struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool fill)
+{
+	unsigned int max = min_t(unsigned int, VHMM_BATCH_PAGES, dev->max_frames);
+	struct vhmm_batch *b;
+	unsigned long *words;
+
+	b = kzalloc_obj(*b);
+	if (!b)
+		return NULL;
+	b->dev = dev;
+	b->max = max;
+	words = kvmalloc_array(max, 4 * sizeof(*words) + sizeof(*b->outcome),
+			       GFP_KERNEL);
+	b->src = words;
+	b->copy = vhmm_request_alloc(dev, max, max, GFP_KERNEL);
+	if (fill)
+		b->fill = vhmm_request_alloc(dev, max, max, GFP_KERNEL);
+	if (!words || !b->copy || (fill && !b->fill)) {
+		vhmm_batch_free(b);
+		return NULL;
+	}
+	b->dst = words + max;
+	b->src_seen = words + 2 * max;
+	b->pages = (struct page **)(words + 3 * max);
+	b->outcome = (u8 *)(words + 4 * max);
+	return b;
+}
+
+void vhmm_batch_free(struct vhmm_batch *b)
+{
+	vhmm_request_free(b->fill);
+	vhmm_request_free(b->copy);
+	kvfree(b->src);
+	kfree(b);
+}
+
+/**
+ * vhmm_drop_destination() - leave a page where it is after all
+ * @dst: its entry; the page in it is unlocked and freed
+ *
+ * Only before migrate_vma_pages().
+ */
+void vhmm_drop_destination(unsigned long *dst)
+{
+	struct folio *folio = page_folio(migrate_pfn_to_page(*dst));
+
+	*dst = 0;
+	folio_unlock(folio);
+	folio_put(folio);
+}
+
+/**
+ * vhmm_check_src() - check that no source entry was changed
+ * @dev: the device
+ * @src: the entries, just before migrate_vma_pages()
+ * @seen: the same after migrate_vma_setup()
+ * @nr: number of entries
+ *
+ * The contract forbids it (S5 in docs/driver.md). Comparing 4 KiB costs
+ * nothing beside copying 2 MiB, and makes the contract testable.
+ */
+void vhmm_check_src(struct vhmm_device *dev, const unsigned long *src,
+		    const unsigned long *seen, unsigned long nr)
+{
+	unsigned long i;
+
+	for (i = 0; i < nr; i++) {
+		if (src[i] != seen[i])
+			vhmm_count(dev, VHMM_SRC_CHANGED, 1);
+	}
+}
+
+/**
+ * vhmm_copy_to_ram() - copy device pages into the RAM chosen for them
+ * @dev: the device
+ * @r: a request with room for @nr frames
+ * @src: source entries: device pages, locked and unmapped
+ * @dst: destination entries: a locked page of RAM, or 0
+ * @nr: number of entries
+ *
+ * The status of each frame is checked. Where a copy failed the destination is
+ * dropped, so that what is in it is never seen.
+ *
+ * Return: the number of pages that failed.
+ */
+unsigned int vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
+			      const unsigned long *src, unsigned long *dst,
+			      unsigned long nr)
+{
+	unsigned int failed = 0;
+	unsigned long i;
+	int ret;
+
+	vhmm_request_start(r, VIRTIO_HMM_OP_FROM_DEVICE);
+	for (i = 0; i < nr; i++) {
+		struct page *page = migrate_pfn_to_page(dst[i]);
+
+		if (page)
+			vhmm_request_add(r, vhmm_page_frame(dev, migrate_pfn_to_page(src[i])),
+					 page, i);
+	}
+	if (!r->nr_frames)
+		return 0;
+
+	vhmm_request_submit(r);
+	ret = vhmm_request_wait(r);
+	for (i = 0; i < r->nr_frames; i++) {
+		if (ret || !vhmm_request_frame_ok(r, i)) {
+			vhmm_drop_destination(&dst[r->slots[i]]);
+			failed++;
+		}
+	}
+	return failed;
+}

@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * One round of migration: up to a PMD of pages between setup and finalize.
+ */
+#ifndef VHMM_BATCH_H
+#define VHMM_BATCH_H
+
+#include <linux/migrate.h>
+
+struct vhmm_device;
+struct vhmm_request;
+
+/* One aligned PMD of pages per migrate_vma_setup(). */
+#define VHMM_BATCH_PAGES	512
+
+/*
+ * What became of a page. Values from VHMM_SKIPPED on are VHMM_SKIPPED plus a
+ * reason of enum virtio_hmm_skip.
+ */
+enum vhmm_outcome {
+	VHMM_PENDING,
+	VHMM_MOVED,
+	VHMM_FILLED,
+	VHMM_SKIPPED,
+};
+
+#define VHMM_SKIP(reason)	(VHMM_SKIPPED + VIRTIO_HMM_SKIP_##reason)
+
+/**
+ * struct vhmm_batch - working memory of a migration
+ * @dev: the device
+ * @max: pages it has room for
+ * @src: as migrate_vma_setup() filled it; ours to read only
+ * @dst: the destinations
+ * @src_seen: @src as it was after setup
+ * @pages: destination pages before they are given to @dst
+ * @outcome: for each page, &enum vhmm_outcome
+ * @copy: the copy request
+ * @fill: the fill request, NULL when the batch only moves pages to RAM
+ *
+ * Owned by one task. Reused from batch to batch, so that a long range is
+ * migrated without allocating anything but pages.
+ */
+struct vhmm_batch {
+	struct vhmm_device *dev;
+	unsigned int max;
+	unsigned long *src;
+	unsigned long *dst;
+	unsigned long *src_seen;
+	struct page **pages;
+	u8 *outcome;
+	struct vhmm_request *copy;
+	struct vhmm_request *fill;
+};
+
+struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool fill);
+void vhmm_batch_free(struct vhmm_batch *b);
+
+void vhmm_drop_destination(unsigned long *dst);
+void vhmm_check_src(struct vhmm_device *dev, const unsigned long *src,
+		    const unsigned long *seen, unsigned long nr);
+unsigned int vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
+			      const unsigned long *src, unsigned long *dst,
+			      unsigned long nr);
+
+#endif /* VHMM_BATCH_H */

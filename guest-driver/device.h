@@ -1,0 +1,196 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The state of one device, and what the files of the driver offer each other.
+ */
+#ifndef VHMM_DEVICE_H
+#define VHMM_DEVICE_H
+
+#include <linux/atomic.h>
+#include <linux/kref.h>
+#include <linux/memremap.h>
+#include <linux/miscdevice.h>
+#include <linux/mutex.h>
+#include <linux/rwsem.h>
+#include <linux/spinlock.h>
+#include <linux/virtio.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
+
+#include "counters.h"
+#include "queue.h"
+#include "virtio_hmm_abi.h"
+#include "uapi/virtio_hmm.h"
+
+struct vhmm_batch;
+
+/* The specification allows 1 to 16 copy queues. */
+#define VHMM_MAX_COPY_QUEUES	16
+
+/**
+ * struct vhmm_memory - the device's private memory, as the kernel sees it
+ * @pgmap: its struct pages; an index into them is a device frame number
+ * @resource: the physical address range that was reserved for @pgmap, NULL
+ *	when there is none
+ * @lock: protects the fields below. Taken in folio_free(), so possibly under
+ *	a page-table lock or with interrupts off: always irqsave
+ * @used: one bit per frame, set while the frame is allocated
+ * @nr_frames: number of frames, constant
+ * @nr_used: number of bits set in @used
+ * @next: where the next search in @used starts
+ * @closed: no more frames are given out
+ * @module_held: the module was pinned because frames outlive the device's
+ *	contents, see vhmm_memory_lost()
+ * @orphaned: the device is gone; the last frame to be freed ends the memory
+ * @empty: woken when @nr_used drops to zero
+ * @release_work: ends orphaned memory
+ *
+ * Lives as long as its &struct vhmm_device. @pgmap holds no reference on the
+ * module: memunmap_pages(), at the latest in the driver's remove, waits until
+ * the last page is free.
+ */
+struct vhmm_memory {
+	struct dev_pagemap pgmap;
+	struct resource *resource;
+	spinlock_t lock; /* see @lock above */
+	unsigned long *used;
+	unsigned long nr_frames;
+	unsigned long nr_used;
+	unsigned long next;
+	bool closed;
+	bool module_held;
+	bool orphaned;
+	wait_queue_head_t empty;
+	struct work_struct release_work;
+};
+
+/**
+ * struct vhmm_device - one virtio-hmm device
+ * @ref: held by the bound driver, by each open file, and by orphaned memory
+ * @vdev: the virtio device; valid until @gone
+ * @id: N in /dev/hmmN
+ * @misc: the device node
+ * @use: held for reading by every ioctl that touches the device or its memory,
+ *	for writing to set @gone. Outermost: taken before mmap_lock
+ * @gone: the driver was unbound; under @use
+ * @closing: unbinding has begun; new migrations to the device are refused
+ * @broken: the device missed a deadline or was lost; set once, never cleared
+ * @reset_lock: serializes the one reset of a broken device; a leaf
+ * @dma_stopped: that reset was done, so the device touches no memory any more;
+ *	under @reset_lock
+ * @memory: device memory
+ * @evacuation: set aside, since unbinding cannot fail for want of memory
+ * @control: the control queue
+ * @copy: the copy queues
+ * @nr_copy: number of @copy in use, constant
+ * @max_frames: most frames in one request, constant
+ * @generation: of the memory's contents, from the configuration space
+ * @uuid: of the memory, from the configuration space
+ * @next_cookie: the cookie of the next request
+ * @counters: see counters.h
+ * @debugfs: the directory of this device
+ */
+struct vhmm_device {
+	struct kref ref;
+	struct virtio_device *vdev;
+	int id;
+	struct miscdevice misc;
+
+	struct rw_semaphore use;
+	bool gone;
+	bool closing;
+	bool broken;
+	struct mutex reset_lock; /* see @reset_lock above */
+	bool dma_stopped;
+
+	struct vhmm_memory memory;
+	struct vhmm_batch *evacuation;
+	struct vhmm_queue control;
+	struct vhmm_queue copy[VHMM_MAX_COPY_QUEUES];
+	unsigned int nr_copy;
+	unsigned int max_frames;
+	u64 generation;
+	u8 uuid[16];
+	atomic64_t next_cookie;
+
+	atomic64_t counters[VHMM_NR_COUNTERS];
+	struct dentry *debugfs;
+};
+
+extern unsigned int vhmm_timeout_ms;
+extern unsigned int vhmm_poll_us;
+extern unsigned int vhmm_retries;
+
+/* main.c */
+void vhmm_device_get(struct vhmm_device *dev);
+void vhmm_device_put(struct vhmm_device *dev);
+void vhmm_device_break(struct vhmm_device *dev, const char *why);
+
+static inline void vhmm_count(struct vhmm_device *dev, unsigned int counter,
+			      u64 n)
+{
+	atomic64_add(n, &dev->counters[counter]);
+}
+
+static inline bool vhmm_device_is_broken(const struct vhmm_device *dev)
+{
+	return READ_ONCE(dev->broken);
+}
+
+/* memory.c */
+int vhmm_memory_init(struct vhmm_device *dev, u64 size);
+void vhmm_memory_exit(struct vhmm_device *dev);
+void vhmm_memory_close(struct vhmm_device *dev);
+void vhmm_memory_lost(struct vhmm_device *dev);
+unsigned long vhmm_memory_used(struct vhmm_device *dev);
+unsigned int vhmm_frames_alloc(struct vhmm_device *dev, struct page **pages,
+			       unsigned int nr);
+int vhmm_memory_setup_workqueue(void);
+void vhmm_memory_destroy_workqueue(void);
+
+static inline struct vhmm_device *vhmm_pgmap_device(struct dev_pagemap *pgmap)
+{
+	return container_of(pgmap, struct vhmm_device, memory.pgmap);
+}
+
+static inline unsigned long vhmm_first_pfn(const struct vhmm_device *dev)
+{
+	return PHYS_PFN(dev->memory.pgmap.range.start);
+}
+
+/*
+ * The PFN of a private page is no physical address: all that may be done with
+ * it is to turn it into the number of the device's frame.
+ */
+static inline u64 vhmm_page_frame(const struct vhmm_device *dev,
+				  const struct page *page)
+{
+	return page_to_pfn(page) - vhmm_first_pfn(dev);
+}
+
+static inline bool vhmm_pfn_is_ours(const struct vhmm_device *dev,
+				    unsigned long pfn)
+{
+	return pfn >= vhmm_first_pfn(dev) &&
+	       pfn - vhmm_first_pfn(dev) < dev->memory.nr_frames;
+}
+
+/* fault.c */
+vm_fault_t vhmm_migrate_to_ram(struct vm_fault *vmf);
+
+/* evacuate.c */
+int vhmm_evacuate(struct vhmm_device *dev);
+
+/* migrate.c */
+int vhmm_migrate_range(struct vhmm_device *dev, struct mm_struct *mm,
+		       struct virtio_hmm_migrate *arg);
+
+/* residency.c */
+void vhmm_residency(struct vhmm_device *dev, struct mm_struct *mm,
+		    unsigned long start, unsigned long end, u8 *residency);
+bool vhmm_page_is_pinned(struct mm_struct *mm, unsigned long addr);
+
+/* chardev.c */
+int vhmm_chardev_register(struct vhmm_device *dev);
+void vhmm_chardev_unregister(struct vhmm_device *dev);
+
+#endif /* VHMM_DEVICE_H */

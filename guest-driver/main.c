@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * virtio_hmm: driver of the virtio-hmm device, whose private memory the pages
+ * of a process can be migrated to.
+ */
+#include <linux/idr.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/moduleparam.h>
+#include <linux/slab.h>
+#include <linux/virtio_config.h>
+
+#include "batch.h"
+#include "device.h"
+#include "request.h"
+
+#if !IS_ENABLED(CONFIG_DEVICE_PRIVATE)
+#error "This kernel is built without CONFIG_DEVICE_PRIVATE"
+#endif
+
+unsigned int vhmm_timeout_ms = 5000;
+module_param_named(timeout_ms, vhmm_timeout_ms, uint, 0644);
+MODULE_PARM_DESC(timeout_ms, "Milliseconds a request may take before the device is declared broken (5000)");
+
+unsigned int vhmm_poll_us = 200;
+module_param_named(poll_us, vhmm_poll_us, uint, 0644);
+MODULE_PARM_DESC(poll_us, "Microseconds to poll for a completion before sleeping (200)");
+
+unsigned int vhmm_retries = 4;
+module_param_named(retries, vhmm_retries, uint, 0644);
+MODULE_PARM_DESC(retries, "How often to try pages again that only raced (4)");
+
+static DEFINE_IDA(vhmm_ida);
+
+static void vhmm_device_free(struct kref *ref)
+{
+	struct vhmm_device *dev = container_of(ref, struct vhmm_device, ref);
+
+	ida_free(&vhmm_ida, dev->id);
+	kfree(dev);
+}
+
+void vhmm_device_get(struct vhmm_device *dev)
+{
+	kref_get(&dev->ref);
+}
+
+void vhmm_device_put(struct vhmm_device *dev)
+{
+	kref_put(&dev->ref, vhmm_device_free);
+}
+
+/**
+ * vhmm_device_break() - give the device up
+ * @dev: the device
+ * @why: what it did, for the log
+ *
+ * A request that was not answered may still be running, and write to RAM. So
+ * the device is reset before anybody is told that his request failed: when
+ * this returns, nothing is touched any more. May sleep; callers hold mmap_lock
+ * and page locks.
+ */
+void vhmm_device_break(struct vhmm_device *dev, const char *why)
+{
+	unsigned int i;
+
+	mutex_lock(&dev->reset_lock);
+	if (!dev->dma_stopped) {
+		WRITE_ONCE(dev->broken, true);
+		vhmm_memory_lost(dev);
+		dev_err(&dev->vdev->dev,
+			"hmm%d is broken: %s; %lu pages that were only in its memory are lost\n",
+			dev->id, why, vhmm_memory_used(dev));
+		virtio_reset_device(dev->vdev);
+		dev->dma_stopped = true;
+		vhmm_queue_fail_all(&dev->control);
+		for (i = 0; i < dev->nr_copy; i++)
+			vhmm_queue_fail_all(&dev->copy[i]);
+	}
+	mutex_unlock(&dev->reset_lock);
+}
+
+static int vhmm_read_config(struct vhmm_device *dev, u64 *memory_size)
+{
+	struct virtio_device *vdev = dev->vdev;
+	u32 version, frame_size, copy_queues;
+
+	virtio_cread_le(vdev, struct virtio_hmm_config, version, &version);
+	virtio_cread_le(vdev, struct virtio_hmm_config, frame_size, &frame_size);
+	virtio_cread_le(vdev, struct virtio_hmm_config, memory_size, memory_size);
+	virtio_cread_le(vdev, struct virtio_hmm_config, copy_queues, &copy_queues);
+	virtio_cread_le(vdev, struct virtio_hmm_config, max_frames,
+			&dev->max_frames);
+	virtio_cread_le(vdev, struct virtio_hmm_config, generation,
+			&dev->generation);
+	virtio_cread_bytes(vdev, offsetof(struct virtio_hmm_config, uuid),
+			   dev->uuid, sizeof(dev->uuid));
+
+	if (version != VIRTIO_HMM_VERSION) {
+		dev_err(&vdev->dev, "version %u of the device is not known\n",
+			version);
+		return -EINVAL;
+	}
+	if (frame_size != PAGE_SIZE || !*memory_size ||
+	    !IS_ALIGNED(*memory_size, PMD_SIZE) || !dev->max_frames ||
+	    dev->max_frames > VIRTIO_HMM_MAX_FRAMES ||
+	    !is_power_of_2(dev->max_frames) || !copy_queues ||
+	    *memory_size >> PAGE_SHIFT > U32_MAX) {
+		dev_err(&vdev->dev,
+			"unusable device: %llu bytes in frames of %u, %u frames a request, %u copy queues\n",
+			*memory_size, frame_size, dev->max_frames, copy_queues);
+		return -EINVAL;
+	}
+	dev->nr_copy = min(copy_queues, VHMM_MAX_COPY_QUEUES);
+	return 0;
+}
+
+static int vhmm_find_vqs(struct vhmm_device *dev)
+{
+	struct virtqueue_info info[VIRTIO_HMM_QUEUE_COPY + VHMM_MAX_COPY_QUEUES] = {
+		[VIRTIO_HMM_QUEUE_CONTROL] = { "control", vhmm_queue_callback },
+		/* Nothing is defined on it yet; it is there to be counted. */
+		[VIRTIO_HMM_QUEUE_EVENT] = { "event", NULL },
+	};
+	struct virtqueue *vqs[ARRAY_SIZE(info)];
+	unsigned int i;
+	int ret;
+
+	for (i = 0; i < dev->nr_copy; i++)
+		info[VIRTIO_HMM_QUEUE_COPY + i] =
+			(struct virtqueue_info){ "copy", vhmm_queue_callback };
+	ret = virtio_find_vqs(dev->vdev, VIRTIO_HMM_QUEUE_COPY + dev->nr_copy,
+			      vqs, info, NULL);
+	if (ret)
+		return ret;
+
+	dev->control.vq = vqs[VIRTIO_HMM_QUEUE_CONTROL];
+	dev->control.vq->priv = &dev->control;
+	for (i = 0; i < dev->nr_copy; i++) {
+		dev->copy[i].vq = vqs[VIRTIO_HMM_QUEUE_COPY + i];
+		dev->copy[i].vq->priv = &dev->copy[i];
+	}
+	return 0;
+}
+
+static int vhmm_probe(struct virtio_device *vdev)
+{
+	struct vhmm_device *dev;
+	u64 memory_size;
+	unsigned int i;
+	int ret;
+
+	if (!vdev->config->get)
+		return -EINVAL;
+
+	dev = kzalloc_obj(*dev);
+	if (!dev)
+		return -ENOMEM;
+	kref_init(&dev->ref);
+	init_rwsem(&dev->use);
+	mutex_init(&dev->reset_lock);
+	dev->vdev = vdev;
+	vdev->priv = dev;
+	vhmm_queue_init(&dev->control);
+	for (i = 0; i < VHMM_MAX_COPY_QUEUES; i++)
+		vhmm_queue_init(&dev->copy[i]);
+	dev->id = ida_alloc(&vhmm_ida, GFP_KERNEL);
+	if (dev->id < 0) {
+		ret = dev->id;
+		kfree(dev);
+		return ret;
+	}
+
+	ret = vhmm_read_config(dev, &memory_size);
+	if (ret)
+		goto err_put;
+	dev->evacuation = vhmm_batch_alloc(dev, false);
+	if (!dev->evacuation) {
+		ret = -ENOMEM;
+		goto err_put;
+	}
+	ret = vhmm_memory_init(dev, memory_size);
+	if (ret) {
+		dev_err(&vdev->dev, "no struct pages for %llu bytes: %d\n",
+			memory_size, ret);
+		goto err_batch;
+	}
+	ret = vhmm_find_vqs(dev);
+	if (ret)
+		goto err_memory;
+	virtio_device_ready(vdev);
+	ret = vhmm_chardev_register(dev);
+	if (ret)
+		goto err_vqs;
+	vhmm_debugfs_add(dev);
+	dev_info(&vdev->dev, "hmm%d: %llu MiB of device memory, %u copy queues\n",
+		 dev->id, memory_size >> 20, dev->nr_copy);
+	return 0;
+
+err_vqs:
+	virtio_reset_device(vdev);
+	vdev->config->del_vqs(vdev);
+err_memory:
+	vhmm_memory_exit(dev);
+err_batch:
+	vhmm_batch_free(dev->evacuation);
+err_put:
+	vhmm_device_put(dev);
+	return ret;
+}
+
+static void vhmm_remove(struct virtio_device *vdev)
+{
+	struct vhmm_device *dev = vdev->priv;
+
+	WRITE_ONCE(dev->closing, true);
+	vhmm_debugfs_remove(dev);
+	vhmm_chardev_unregister(dev);
+	vhmm_memory_close(dev);
+	/* A surprise removal has marked the queues: nothing will be answered. */
+	if (virtqueue_is_broken(dev->control.vq))
+		vhmm_device_break(dev, "it was removed");
+	/* While the copy queues work, and ioctls may help. */
+	vhmm_evacuate(dev);
+	down_write(&dev->use);
+	dev->gone = true;
+	up_write(&dev->use);
+	vhmm_memory_exit(dev);
+
+	if (!vhmm_device_is_broken(dev))
+		vhmm_control_discard_all(dev);
+	virtio_reset_device(vdev);
+	vdev->config->del_vqs(vdev);
+	vhmm_batch_free(dev->evacuation);
+	vhmm_device_put(dev);
+}
+
+static const struct virtio_device_id vhmm_ids[] = {
+	{ VIRTIO_ID_HMM, VIRTIO_DEV_ANY_ID },
+	{}
+};
+MODULE_DEVICE_TABLE(virtio, vhmm_ids);
+
+static struct virtio_driver vhmm_driver = {
+	.driver.name = KBUILD_MODNAME,
+	.id_table = vhmm_ids,
+	.probe = vhmm_probe,
+	.remove = vhmm_remove,
+};
+
+static int __init vhmm_init(void)
+{
+	int ret;
+
+	ret = vhmm_memory_setup_workqueue();
+	if (ret)
+		return ret;
+	vhmm_debugfs_init();
+	ret = register_virtio_driver(&vhmm_driver);
+	if (ret) {
+		vhmm_debugfs_exit();
+		vhmm_memory_destroy_workqueue();
+	}
+	return ret;
+}
+
+static void __exit vhmm_exit(void)
+{
+	unregister_virtio_driver(&vhmm_driver);
+	vhmm_debugfs_exit();
+	vhmm_memory_destroy_workqueue();
+	ida_destroy(&vhmm_ida);
+}
+
+module_init(vhmm_init);
+module_exit(vhmm_exit);
+MODULE_DESCRIPTION("Device-private memory and migration for the virtio-hmm device");
+MODULE_LICENSE("GPL");

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Device memory: its struct pages, and which of its frames are in use.
+ */
+#include <linux/bitmap.h>
+#include <linux/ioport.h>
+#include <linux/migrate.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+
+#include "device.h"
+
+/* Ends orphaned memory; waited for when the module is unloaded. */
+static struct workqueue_struct *vhmm_release_wq;
+
+/*
+ * The last reference to a device page is gone. It may have been dropped under
+ * a page-table lock, so this must not sleep.
+ */
+static void vhmm_folio_free(struct folio *folio)
+{
+	struct vhmm_device *dev = vhmm_pgmap_device(folio->pgmap);
+	struct vhmm_memory *mem = &dev->memory;
+	unsigned long nr = folio_nr_pages(folio);
+	unsigned long flags;
+
+	spin_lock_irqsave(&mem->lock, flags);
+	bitmap_clear(mem->used, vhmm_page_frame(dev, &folio->page), nr);
+	mem->nr_used -= nr;
+	if (!mem->nr_used) {
+		wake_up_all(&mem->empty);
+		if (mem->orphaned) {
+			queue_work(vhmm_release_wq, &mem->release_work);
+		} else if (mem->module_held) {
+			/*
+			 * Unloading cannot overtake us: the driver's remove
+			 * takes the lock and then, in memunmap_pages(), waits
+			 * for the reference that our caller still holds.
+			 */
+			mem->module_held = false;
+			module_put(THIS_MODULE);
+		}
+	}
+	spin_unlock_irqrestore(&mem->lock, flags);
+}
+
+static const struct dev_pagemap_ops vhmm_pagemap_ops = {
+	.folio_free = vhmm_folio_free,
+	.migrate_to_ram = vhmm_migrate_to_ram,
+};
+
+static void vhmm_memory_unmap(struct vhmm_memory *mem)
+{
+	memunmap_pages(&mem->pgmap);
+	release_mem_region(mem->resource->start, resource_size(mem->resource));
+	mem->resource = NULL;
+	bitmap_free(mem->used);
+}
+
+static void vhmm_memory_release(struct work_struct *work)
+{
+	struct vhmm_device *dev =
+		container_of(work, struct vhmm_device, memory.release_work);
+
+	vhmm_memory_unmap(&dev->memory);
+	vhmm_device_put(dev);
+	/* Unloading waits for this work, see vhmm_memory_destroy_workqueue(). */
+	module_put(THIS_MODULE);
+}
+
+/**
+ * vhmm_memory_init() - give device memory its struct pages
+ * @dev: the device
+ * @size: bytes of device memory, a multiple of 2 MiB
+ *
+ * The addresses are taken from a hole in the physical address space; nothing
+ * answers there. This function and vhmm_memory_unmap() are the only places
+ * that know it.
+ *
+ * Return: 0 or a negative errno.
+ */
+int vhmm_memory_init(struct vhmm_device *dev, u64 size)
+{
+	struct vhmm_memory *mem = &dev->memory;
+	struct resource *res;
+	void *ret;
+
+	spin_lock_init(&mem->lock);
+	init_waitqueue_head(&mem->empty);
+	INIT_WORK(&mem->release_work, vhmm_memory_release);
+	mem->nr_frames = size >> PAGE_SHIFT;
+	mem->used = bitmap_zalloc(mem->nr_frames, GFP_KERNEL);
+	if (!mem->used)
+		return -ENOMEM;
+
+	res = request_free_mem_region(&iomem_resource, size, "virtio_hmm");
+	if (IS_ERR(res)) {
+		bitmap_free(mem->used);
+		return PTR_ERR(res);
+	}
+	mem->resource = res;
+
+	mem->pgmap.type = MEMORY_DEVICE_PRIVATE;
+	mem->pgmap.range.start = res->start;
+	mem->pgmap.range.end = res->start + size - 1;
+	mem->pgmap.nr_range = 1;
+	mem->pgmap.ops = &vhmm_pagemap_ops;
+	mem->pgmap.owner = dev;
+	ret = memremap_pages(&mem->pgmap, dev_to_node(&dev->vdev->dev));
+	if (IS_ERR(ret)) {
+		release_mem_region(res->start, resource_size(res));
+		mem->resource = NULL;
+		bitmap_free(mem->used);
+		return PTR_ERR(ret);
+	}
+	return 0;
+}
+
+/**
+ * vhmm_memory_close() - give out no more frames
+ * @dev: the device
+ */
+void vhmm_memory_close(struct vhmm_device *dev)
+{
+	struct vhmm_memory *mem = &dev->memory;
+	unsigned long flags;
+
+	spin_lock_irqsave(&mem->lock, flags);
+	mem->closed = true;
+	spin_unlock_irqrestore(&mem->lock, flags);
+}
+
+/**
+ * vhmm_memory_lost() - the contents of device memory are gone
+ * @dev: the device
+ *
+ * Processes may still map device pages. Touching one gives SIGBUS, through
+ * our migrate_to_ram, so the module has to stay until the last one is freed.
+ */
+void vhmm_memory_lost(struct vhmm_device *dev)
+{
+	struct vhmm_memory *mem = &dev->memory;
+	unsigned long flags;
+
+	spin_lock_irqsave(&mem->lock, flags);
+	mem->closed = true;
+	if (mem->nr_used && !mem->module_held)
+		mem->module_held = try_module_get(THIS_MODULE);
+	spin_unlock_irqrestore(&mem->lock, flags);
+}
+
+/**
+ * vhmm_memory_exit() - end device memory, now or when its last frame is freed
+ * @dev: the device, evacuated or broken; no more frames are given out
+ *
+ * Only the memory of a broken device can still have pages in use here. They
+ * cannot come home, and memunmap_pages() would wait for them for ever.
+ */
+void vhmm_memory_exit(struct vhmm_device *dev)
+{
+	struct vhmm_memory *mem = &dev->memory;
+	bool orphaned = false;
+	unsigned long flags;
+
+	spin_lock_irqsave(&mem->lock, flags);
+	if (mem->nr_used && mem->module_held) {
+		vhmm_device_get(dev);
+		mem->orphaned = true;
+		orphaned = true;
+	}
+	spin_unlock_irqrestore(&mem->lock, flags);
+	if (!orphaned)
+		vhmm_memory_unmap(mem);
+}
+
+/**
+ * vhmm_memory_used() - count the frames in use
+ * @dev: the device
+ *
+ * Return: the number of frames that are allocated now.
+ */
+unsigned long vhmm_memory_used(struct vhmm_device *dev)
+{
+	return READ_ONCE(dev->memory.nr_used);
+}
+
+/**
+ * vhmm_frames_alloc() - allocate device frames
+ * @dev: the device
+ * @pages: where to put their pages, locked and with one reference each
+ * @nr: how many are wanted
+ *
+ * The search goes on where the last one ended, so that a batch gets
+ * neighbouring frames and its request few extents. What the frames contain is
+ * undefined: the caller has to overwrite all of it.
+ *
+ * Return: how many were allocated, 0 to @nr.
+ */
+unsigned int vhmm_frames_alloc(struct vhmm_device *dev, struct page **pages,
+			       unsigned int nr)
+{
+	struct vhmm_memory *mem = &dev->memory;
+	unsigned long first = vhmm_first_pfn(dev);
+	unsigned int found = 0, i;
+	unsigned long flags, frame;
+
+	spin_lock_irqsave(&mem->lock, flags);
+	if (!mem->closed)
+		nr = min_t(unsigned long, nr, mem->nr_frames - mem->nr_used);
+	else
+		nr = 0;
+	frame = mem->next;
+	while (found < nr) {
+		frame = find_next_zero_bit(mem->used, mem->nr_frames, frame);
+		if (frame == mem->nr_frames) {
+			frame = 0;
+			continue;
+		}
+		__set_bit(frame, mem->used);
+		pages[found++] = pfn_to_page(first + frame++);
+	}
+	mem->nr_used += found;
+	mem->next = frame;
+	spin_unlock_irqrestore(&mem->lock, flags);
+
+	for (i = 0; i < found; i++)
+		zone_device_page_init(pages[i], &mem->pgmap, 0);
+	return found;
+}
+
+int vhmm_memory_setup_workqueue(void)
+{
+	vhmm_release_wq = alloc_workqueue("virtio_hmm", WQ_UNBOUND, 0);
+	return vhmm_release_wq ? 0 : -ENOMEM;
+}
+
+void vhmm_memory_destroy_workqueue(void)
+{
+	destroy_workqueue(vhmm_release_wq);
+}

@@ -1,0 +1,395 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Migration by request of a process: a range of its memory to the device, or
+ * back to RAM. docs/driver.md walks through the steps.
+ */
+#include <linux/delay.h>
+#include <linux/hugetlb_inline.h>
+#include <linux/mm.h>
+#include <linux/mmap_lock.h>
+#include <linux/pagemap.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+
+#include "batch.h"
+#include "device.h"
+#include "request.h"
+#include "trace.h"
+
+/* Between two attempts on pages that only raced; long enough for a fault. */
+#define VHMM_RETRY_MIN_US	20
+#define VHMM_RETRY_MAX_US	200
+
+static bool vhmm_unresolved(u8 outcome)
+{
+	return outcome == VHMM_PENDING || outcome == VHMM_SKIP(BUSY);
+}
+
+/* Give all pages that have no outcome yet this one. */
+static void vhmm_resolve(u8 *outcome, unsigned long start, unsigned long end,
+			 u8 value)
+{
+	unsigned long i;
+
+	for (i = 0; i < (end - start) >> PAGE_SHIFT; i++) {
+		if (vhmm_unresolved(outcome[i]))
+			outcome[i] = value;
+	}
+}
+
+/*
+ * Tell whether source entry @i shall go to the device: a page that setup has
+ * locked, unmapped and checked for pins, or a hole. Pages of files come this
+ * far in private mappings, and would be refused only after the copy.
+ */
+static bool vhmm_wanted(const unsigned long *src, const u8 *outcome,
+			unsigned long i)
+{
+	struct page *page;
+
+	if (!(src[i] & MIGRATE_PFN_MIGRATE) || !vhmm_unresolved(outcome[i]))
+		return false;
+	page = migrate_pfn_to_page(src[i]);
+	return !page || folio_test_anon(page_folio(page));
+}
+
+/*
+ * Give every wanted page a device page, and ask the device to copy it, or to
+ * fill it with zeroes where there was never a page (or the zero page): a hole
+ * has nothing to copy, and its frame may hold what somebody else left there.
+ */
+static void vhmm_alloc_and_submit(struct vhmm_batch *b, unsigned long nr,
+				  u8 *outcome)
+{
+	const unsigned long *src = b->src;
+	unsigned int wanted = 0, got, used = 0;
+	unsigned long i;
+
+	for (i = 0; i < nr; i++)
+		wanted += vhmm_wanted(src, outcome, i);
+	got = vhmm_frames_alloc(b->dev, b->pages, wanted);
+
+	vhmm_request_start(b->copy, VIRTIO_HMM_OP_TO_DEVICE);
+	vhmm_request_start(b->fill, VIRTIO_HMM_OP_FILL);
+	for (i = 0; i < nr; i++) {
+		struct page *spage = migrate_pfn_to_page(src[i]);
+		struct page *dpage;
+
+		if (!vhmm_wanted(src, outcome, i))
+			continue;
+		if (used == got) {
+			outcome[i] = VHMM_SKIP(NO_MEMORY);
+			continue;
+		}
+		dpage = b->pages[used++];
+		b->dst[i] = migrate_pfn(page_to_pfn(dpage));
+		vhmm_request_add(spage ? b->copy : b->fill,
+				 vhmm_page_frame(b->dev, dpage), spage, i);
+	}
+	if (b->copy->nr_frames)
+		vhmm_request_submit(b->copy);
+	if (b->fill->nr_frames)
+		vhmm_request_submit(b->fill);
+}
+
+static void vhmm_wait_and_check(struct vhmm_batch *b, struct vhmm_request *r,
+				u8 *outcome)
+{
+	unsigned int i;
+	int ret;
+
+	if (!r->nr_frames)
+		return;
+	ret = vhmm_request_wait(r);
+	for (i = 0; i < r->nr_frames; i++) {
+		unsigned int slot = r->slots[i];
+
+		if (ret || !vhmm_request_frame_ok(r, i)) {
+			vhmm_drop_destination(&b->dst[slot]);
+			outcome[slot] = VHMM_SKIP(COPY_FAILED);
+		}
+	}
+}
+
+/* Only migrate_vma_pages() has the last word on a page: it may still race. */
+static void vhmm_account(struct vhmm_batch *b, unsigned long nr, bool to_device,
+			 u8 *outcome)
+{
+	unsigned long i, moved = 0, filled = 0;
+
+	for (i = 0; i < nr; i++) {
+		if (!b->dst[i] || !(b->src[i] & MIGRATE_PFN_MIGRATE))
+			continue;
+		if (b->src_seen[i] & MIGRATE_PFN_VALID) {
+			outcome[i] = VHMM_MOVED;
+			moved++;
+		} else {
+			outcome[i] = VHMM_FILLED;
+			filled++;
+		}
+	}
+	if (to_device) {
+		vhmm_count(b->dev, VHMM_PAGES_TO_DEVICE, moved);
+		vhmm_count(b->dev, VHMM_PAGES_FILLED, filled);
+	} else {
+		vhmm_count(b->dev, VHMM_PAGES_TO_SYSTEM, moved);
+	}
+}
+
+static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
+				       struct migrate_vma *args, u8 *outcome)
+{
+	unsigned long i;
+
+	for (i = 0; i < args->npages; i++) {
+		const unsigned long src = b->src[i];
+		struct folio *folio;
+
+		/* Holes are reported in this direction as well: they stay. */
+		if (!(src & MIGRATE_PFN_MIGRATE) || !(src & MIGRATE_PFN_VALID) ||
+		    !vhmm_unresolved(outcome[i]))
+			continue;
+		folio = vma_alloc_folio(GFP_HIGHUSER_MOVABLE, 0, args->vma,
+					args->start + i * PAGE_SIZE);
+		if (!folio) {
+			outcome[i] = VHMM_SKIP(NO_MEMORY);
+			continue;
+		}
+		folio_lock(folio);
+		b->dst[i] = migrate_pfn(folio_pfn(folio));
+		/* Until vhmm_account() says otherwise. */
+		outcome[i] = VHMM_SKIP(COPY_FAILED);
+	}
+	vhmm_copy_to_ram(b->dev, b->copy, b->src, b->dst, args->npages);
+	for (i = 0; i < args->npages; i++) {
+		if (b->dst[i])
+			outcome[i] = VHMM_PENDING;
+	}
+}
+
+/* Say why the pages that are still where they were did not move. */
+static void vhmm_classify(struct vhmm_batch *b, struct vm_area_struct *vma,
+			  unsigned long start, unsigned long end,
+			  bool to_device, u8 *outcome)
+{
+	u8 *residency = (u8 *)b->pages;
+	unsigned long i, nr = (end - start) >> PAGE_SHIFT;
+
+	for (i = 0; i < nr; i++) {
+		if (vhmm_unresolved(outcome[i]))
+			break;
+	}
+	if (i == nr)
+		return;
+
+	vhmm_residency(b->dev, vma->vm_mm, start, end, residency);
+	for (; i < nr; i++) {
+		if (!vhmm_unresolved(outcome[i]))
+			continue;
+		outcome[i] = VHMM_SKIP(BUSY);
+		switch (residency[i]) {
+		case VIRTIO_HMM_RESIDENCY_DEVICE:
+			if (to_device)
+				outcome[i] = VHMM_SKIP(ALREADY);
+			break;
+		case VIRTIO_HMM_RESIDENCY_MOVING:
+			break;
+		case VIRTIO_HMM_RESIDENCY_NONE:
+		case VIRTIO_HMM_RESIDENCY_ZERO:
+		case VIRTIO_HMM_RESIDENCY_RAM:
+			if (!to_device)
+				outcome[i] = VHMM_SKIP(ALREADY);
+			else if (!vma_is_anonymous(vma))
+				outcome[i] = VHMM_SKIP(UNSUPPORTED);
+			else if (vhmm_page_is_pinned(vma->vm_mm, start + i * PAGE_SIZE))
+				outcome[i] = VHMM_SKIP(PINNED);
+			break;
+		case VIRTIO_HMM_RESIDENCY_SWAPPED:
+			outcome[i] = to_device ? VHMM_SKIP(SWAPPED) :
+						 VHMM_SKIP(ALREADY);
+			break;
+		case VIRTIO_HMM_RESIDENCY_OTHER_DEVICE:
+			outcome[i] = to_device ? VHMM_SKIP(OTHER_DEVICE) :
+						 VHMM_SKIP(ALREADY);
+			break;
+		}
+	}
+}
+
+static void vhmm_migrate_vma(struct vhmm_batch *b, struct vm_area_struct *vma,
+			     unsigned long start, unsigned long end,
+			     bool to_device, u8 *outcome)
+{
+	struct migrate_vma args = {
+		.vma = vma,
+		.src = b->src,
+		.dst = b->dst,
+		.start = start,
+		.end = end,
+		.pgmap_owner = b->dev,
+		.flags = to_device ? MIGRATE_VMA_SELECT_SYSTEM :
+				     MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
+	};
+
+	if (migrate_vma_setup(&args)) {
+		vhmm_resolve(outcome, start, end, VHMM_SKIP(UNSUPPORTED));
+		return;
+	}
+	/* With nothing collected nothing is held. */
+	if (args.cpages) {
+		memcpy(b->src_seen, b->src, args.npages * sizeof(*b->src));
+		if (to_device) {
+			vhmm_alloc_and_submit(b, args.npages, outcome);
+			vhmm_wait_and_check(b, b->copy, outcome);
+			vhmm_wait_and_check(b, b->fill, outcome);
+		} else {
+			vhmm_alloc_and_copy_to_ram(b, &args, outcome);
+		}
+		vhmm_check_src(b->dev, b->src, b->src_seen, args.npages);
+		migrate_vma_pages(&args);
+		vhmm_account(b, args.npages, to_device, outcome);
+		migrate_vma_finalize(&args);
+	}
+	vhmm_classify(b, vma, start, end, to_device, outcome);
+}
+
+/* The kinds of memory that migrate_vma takes and that can come to the device. */
+static bool vhmm_vma_is_supported(struct vm_area_struct *vma)
+{
+	return !(vma->vm_flags & (VM_SPECIAL | VM_SHARED)) &&
+	       !is_vm_hugetlb_page(vma) && !vma_is_dax(vma);
+}
+
+/* One attempt on a window of at most a batch, which several VMAs may share. */
+static void vhmm_migrate_window(struct vhmm_batch *b, struct mm_struct *mm,
+				unsigned long start, unsigned long end,
+				bool to_device)
+{
+	unsigned long addr = start;
+
+	mmap_assert_locked(mm);
+
+	while (addr < end) {
+		u8 *outcome = b->outcome + ((addr - start) >> PAGE_SHIFT);
+		struct vm_area_struct *vma = find_vma(mm, addr);
+		unsigned long next = end;
+
+		if (!vma || vma->vm_start > addr) {
+			if (vma)
+				next = min(end, vma->vm_start);
+			vhmm_resolve(outcome, addr, next, VHMM_SKIP(UNMAPPED));
+		} else {
+			next = min(end, vma->vm_end);
+			if (vhmm_vma_is_supported(vma))
+				vhmm_migrate_vma(b, vma, addr, next, to_device,
+						 outcome);
+			else
+				vhmm_resolve(outcome, addr, next, to_device ?
+					     VHMM_SKIP(UNSUPPORTED) :
+					     VHMM_SKIP(ALREADY));
+		}
+		addr = next;
+	}
+}
+
+static bool vhmm_has_busy(const struct vhmm_batch *b, unsigned long nr)
+{
+	return memchr(b->outcome, VHMM_SKIP(BUSY), nr);
+}
+
+/*
+ * Migrate one window, and try again on pages that only raced: setup does not
+ * wait for a locked page, and finds one that is on its way to an LRU list
+ * referenced. The lock is dropped in between, so that who holds them up can
+ * go on.
+ */
+static int vhmm_migrate_batch(struct vhmm_batch *b, struct mm_struct *mm,
+			      unsigned long start, unsigned long end,
+			      bool to_device)
+{
+	unsigned long nr = (end - start) >> PAGE_SHIFT;
+	unsigned int attempt = 0;
+
+	memset(b->outcome, VHMM_PENDING, nr);
+	for (;;) {
+		if (mmap_read_lock_killable(mm))
+			return -EINTR;
+		vhmm_migrate_window(b, mm, start, end, to_device);
+		mmap_read_unlock(mm);
+		if (vhmm_device_is_broken(b->dev))
+			return -EIO;
+		if (!vhmm_has_busy(b, nr) || attempt++ == vhmm_retries)
+			return 0;
+		vhmm_count(b->dev, VHMM_MIGRATE_RETRIES, 1);
+		usleep_range(VHMM_RETRY_MIN_US, VHMM_RETRY_MAX_US);
+	}
+}
+
+static void vhmm_tally(struct vhmm_batch *b, unsigned long nr,
+		       struct virtio_hmm_migrate *arg)
+{
+	unsigned long i;
+
+	for (i = 0; i < nr; i++) {
+		unsigned int reason = b->outcome[i] - VHMM_SKIPPED;
+
+		if (b->outcome[i] == VHMM_MOVED) {
+			arg->moved++;
+		} else if (b->outcome[i] == VHMM_FILLED) {
+			arg->filled++;
+		} else if (!WARN_ON_ONCE(reason >= VIRTIO_HMM_SKIP_NR)) {
+			arg->skipped[reason]++;
+			vhmm_count(b->dev, VHMM_SKIPPED_ALREADY + reason, 1);
+		}
+	}
+	arg->done += nr << PAGE_SHIFT;
+}
+
+/**
+ * vhmm_migrate_range() - migrate a range of a process
+ * @dev: the device
+ * @mm: the address space of the caller
+ * @arg: the range and direction, checked; receives what was done
+ *
+ * Works in batches of an aligned PMD. Signals are looked at in between.
+ *
+ * Return: 0, -EINTR, -ENOMEM, -EIO, -ENODEV, or -EFAULT when part of the range
+ * is not mapped; @arg tells how far it came.
+ */
+int vhmm_migrate_range(struct vhmm_device *dev, struct mm_struct *mm,
+		       struct virtio_hmm_migrate *arg)
+{
+	bool to_device = arg->direction == VIRTIO_HMM_TO_DEVICE;
+	unsigned long addr = arg->start, end = addr + arg->length;
+	struct vhmm_batch *b;
+	int ret = 0;
+
+	b = vhmm_batch_alloc(dev, to_device);
+	if (!b)
+		return -ENOMEM;
+
+	trace_vhmm_migrate_begin(dev, addr, end, to_device);
+	while (addr < end) {
+		unsigned long next = min(ALIGN(addr + 1, b->max * PAGE_SIZE), end);
+
+		/* Not before the first batch: a call always gets on. */
+		if (addr != arg->start && signal_pending(current))
+			ret = -EINTR;
+		else if (vhmm_device_is_broken(dev))
+			ret = -EIO;
+		else if (READ_ONCE(dev->closing) && to_device)
+			ret = -ENODEV;
+		else
+			ret = vhmm_migrate_batch(b, mm, addr, next, to_device);
+		if (ret)
+			break;
+		vhmm_tally(b, (next - addr) >> PAGE_SHIFT, arg);
+		addr = next;
+		cond_resched();
+	}
+	if (!ret && arg->skipped[VIRTIO_HMM_SKIP_UNMAPPED])
+		ret = -EFAULT;
+	trace_vhmm_migrate_end(dev, arg, ret);
+	vhmm_batch_free(b);
+	return ret;
+}

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Where the pages of a range are.
+ *
+ * hmm_range_fault() is the usual way to look, but it shows swapped pages and
+ * the pages of other devices as holes. So the page tables are read here, in
+ * the way of get_user_pages_fast(): with interrupts off, which keeps page
+ * tables from being freed, and without a lock. The answer is a snapshot.
+ */
+#include <linux/leafops.h>
+#include <linux/mm.h>
+#include <linux/pgtable.h>
+
+#include "device.h"
+
+static u8 vhmm_softleaf_residency(struct vhmm_device *dev, softleaf_t entry)
+{
+	if (softleaf_is_device_private(entry))
+		return vhmm_pfn_is_ours(dev, softleaf_to_pfn(entry)) ?
+			VIRTIO_HMM_RESIDENCY_DEVICE :
+			VIRTIO_HMM_RESIDENCY_OTHER_DEVICE;
+	if (softleaf_is_migration(entry))
+		return VIRTIO_HMM_RESIDENCY_MOVING;
+	if (softleaf_is_swap(entry))
+		return VIRTIO_HMM_RESIDENCY_SWAPPED;
+	if (softleaf_is_device_exclusive(entry))
+		return VIRTIO_HMM_RESIDENCY_RAM;
+	return VIRTIO_HMM_RESIDENCY_NONE;
+}
+
+static u8 vhmm_pte_residency(struct vhmm_device *dev, pte_t pte)
+{
+	if (pte_none(pte))
+		return VIRTIO_HMM_RESIDENCY_NONE;
+	if (!pte_present(pte))
+		return vhmm_softleaf_residency(dev, softleaf_from_pte(pte));
+	return is_zero_pfn(pte_pfn(pte)) ? VIRTIO_HMM_RESIDENCY_ZERO :
+					   VIRTIO_HMM_RESIDENCY_RAM;
+}
+
+/* A huge page of anonymous memory that is not anonymous is the zero page. */
+static u8 vhmm_huge_residency(struct vm_area_struct *vma, unsigned long pfn)
+{
+	return vma && vma_is_anonymous(vma) && pfn_valid(pfn) &&
+	       !folio_test_anon(pfn_folio(pfn)) ?
+		VIRTIO_HMM_RESIDENCY_ZERO : VIRTIO_HMM_RESIDENCY_RAM;
+}
+
+/**
+ * vhmm_lookup() - find the lowest page-table entry for an address
+ * @mm: the address space; interrupts are off
+ * @addr: the address
+ * @pmd: receives the PMD entry, none if there is not even that
+ * @pte: receives the PTE, none if @pmd does not point to a table
+ *
+ * Return: true if @pte was read.
+ */
+static bool vhmm_lookup(struct mm_struct *mm, unsigned long addr, pmd_t *pmd,
+			pte_t *pte)
+{
+	pgd_t pgd = pgdp_get(pgd_offset(mm, addr));
+	p4d_t p4d;
+	pud_t pud;
+
+	*pmd = __pmd(0);
+	if (pgd_none(pgd))
+		return false;
+	p4d = p4dp_get(p4d_offset_lockless(pgd_offset(mm, addr), pgd, addr));
+	if (p4d_none(p4d))
+		return false;
+	pud = pudp_get(pud_offset(&p4d, addr));
+	if (pud_none(pud) || pud_leaf(pud))
+		return false;
+	*pmd = pmdp_get_lockless(pmd_offset(&pud, addr));
+	if (pmd_none(*pmd) || !pmd_present(*pmd) || pmd_leaf(*pmd))
+		return false;
+	*pte = ptep_get_lockless(pte_offset_kernel(pmd, addr));
+	return true;
+}
+
+static u8 vhmm_addr_residency(struct vhmm_device *dev,
+			      struct vm_area_struct *vma, struct mm_struct *mm,
+			      unsigned long addr)
+{
+	pmd_t pmd;
+	pte_t pte;
+
+	if (vhmm_lookup(mm, addr, &pmd, &pte))
+		return vhmm_pte_residency(dev, pte);
+	if (pmd_none(pmd))
+		return VIRTIO_HMM_RESIDENCY_NONE;
+	if (!pmd_present(pmd))
+		return vhmm_softleaf_residency(dev, softleaf_from_pmd(pmd));
+	return vhmm_huge_residency(vma, pmd_pfn(pmd));
+}
+
+/**
+ * vhmm_residency() - tell where each page of a range is
+ * @dev: the device that "this device" means
+ * @mm: the address space; mmap_lock is held
+ * @start: first byte, page aligned
+ * @end: end of the range, page aligned; at most a batch away
+ * @residency: receives an &enum virtio_hmm_residency for each page
+ */
+void vhmm_residency(struct vhmm_device *dev, struct mm_struct *mm,
+		    unsigned long start, unsigned long end, u8 *residency)
+{
+	struct vm_area_struct *vma = NULL;
+	unsigned long addr, flags;
+
+	mmap_assert_locked(mm);
+
+	for (addr = start; addr < end; addr += PAGE_SIZE) {
+		if (!vma || addr >= vma->vm_end)
+			vma = find_vma(mm, addr);
+		local_irq_save(flags);
+		*residency++ = vhmm_addr_residency(dev, vma, mm, addr);
+		local_irq_restore(flags);
+	}
+}
+
+/**
+ * vhmm_page_is_pinned() - tell whether a page is pinned for DMA
+ * @mm: the address space; mmap_lock is held
+ * @addr: its address
+ *
+ * Return: true if the page there looked pinned at this moment.
+ */
+bool vhmm_page_is_pinned(struct mm_struct *mm, unsigned long addr)
+{
+	bool pinned = false;
+	unsigned long flags;
+	pmd_t pmd;
+	pte_t pte;
+
+	local_irq_save(flags);
+	if (vhmm_lookup(mm, addr, &pmd, &pte)) {
+		if (pte_present(pte) && pfn_valid(pte_pfn(pte)))
+			pinned = folio_maybe_dma_pinned(pfn_folio(pte_pfn(pte)));
+	} else if (pmd_present(pmd) && pfn_valid(pmd_pfn(pmd))) {
+		pinned = folio_maybe_dma_pinned(pfn_folio(pmd_pfn(pmd)));
+	}
+	local_irq_restore(flags);
+	return pinned;
+}

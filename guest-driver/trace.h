@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#undef TRACE_SYSTEM
+#define TRACE_SYSTEM virtio_hmm
+
+#if !defined(VHMM_TRACE_H) || defined(TRACE_HEADER_MULTI_READ)
+#define VHMM_TRACE_H
+
+#include <linux/mm.h>
+#include <linux/tracepoint.h>
+
+#include "device.h"
+#include "request.h"
+
+TRACE_EVENT(vhmm_migrate_begin,
+	TP_PROTO(struct vhmm_device *dev, unsigned long start,
+		 unsigned long end, bool to_device),
+	TP_ARGS(dev, start, end, to_device),
+	TP_STRUCT__entry(
+		__field(int, id)
+		__field(unsigned long, start)
+		__field(unsigned long, end)
+		__field(bool, to_device)
+	),
+	TP_fast_assign(
+		__entry->id = dev->id;
+		__entry->start = start;
+		__entry->end = end;
+		__entry->to_device = to_device;
+	),
+	TP_printk("hmm%d start=%#lx end=%#lx pages=%lu direction=%s trigger=ioctl",
+		  __entry->id, __entry->start, __entry->end,
+		  (__entry->end - __entry->start) >> PAGE_SHIFT,
+		  __entry->to_device ? "to_device" : "to_system")
+);
+
+TRACE_EVENT(vhmm_migrate_end,
+	TP_PROTO(struct vhmm_device *dev, const struct virtio_hmm_migrate *arg,
+		 int error),
+	TP_ARGS(dev, arg, error),
+	TP_STRUCT__entry(
+		__field(int, id)
+		__field(u64, start)
+		__field(u64, end)
+		__field(bool, to_device)
+		__field(u64, moved)
+		__field(u64, filled)
+		__field(u64, done)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		__entry->id = dev->id;
+		__entry->start = arg->start;
+		__entry->end = arg->start + arg->length;
+		__entry->to_device = arg->direction == VIRTIO_HMM_TO_DEVICE;
+		__entry->moved = arg->moved;
+		__entry->filled = arg->filled;
+		__entry->done = arg->done >> PAGE_SHIFT;
+		__entry->error = error;
+	),
+	TP_printk("hmm%d start=%#llx end=%#llx direction=%s trigger=ioctl done=%llu moved=%llu filled=%llu error=%d",
+		  __entry->id, __entry->start, __entry->end,
+		  __entry->to_device ? "to_device" : "to_system",
+		  __entry->done, __entry->moved, __entry->filled,
+		  __entry->error)
+);
+
+TRACE_EVENT(vhmm_evacuate,
+	TP_PROTO(struct vhmm_device *dev, unsigned long frame, unsigned long nr,
+		 unsigned long moved),
+	TP_ARGS(dev, frame, nr, moved),
+	TP_STRUCT__entry(
+		__field(int, id)
+		__field(unsigned long, frame)
+		__field(unsigned long, nr)
+		__field(unsigned long, moved)
+	),
+	TP_fast_assign(
+		__entry->id = dev->id;
+		__entry->frame = frame;
+		__entry->nr = nr;
+		__entry->moved = moved;
+	),
+	TP_printk("hmm%d frame=%lu frames=%lu direction=to_system trigger=evacuation moved=%lu",
+		  __entry->id, __entry->frame, __entry->nr, __entry->moved)
+);
+
+TRACE_EVENT(vhmm_cpu_fault,
+	TP_PROTO(struct vhmm_device *dev, const struct vm_fault *vmf, u64 ns,
+		 vm_fault_t result),
+	TP_ARGS(dev, vmf, ns, result),
+	TP_STRUCT__entry(
+		__field(int, id)
+		__field(unsigned long, address)
+		__field(u64, ns)
+		__field(unsigned int, result)
+	),
+	TP_fast_assign(
+		__entry->id = dev->id;
+		__entry->address = vmf->address & PAGE_MASK;
+		__entry->ns = ns;
+		__entry->result = (__force unsigned int)result;
+	),
+	TP_printk("hmm%d address=%#lx pages=1 direction=to_system trigger=cpu_fault ns=%llu error=%#x",
+		  __entry->id, __entry->address, __entry->ns, __entry->result)
+);
+
+TRACE_EVENT(vhmm_copy_submit,
+	TP_PROTO(const struct vhmm_request *r),
+	TP_ARGS(r),
+	TP_STRUCT__entry(
+		__field(int, id)
+		__field(u64, cookie)
+		__field(u32, op)
+		__field(u32, frames)
+		__field(u32, extents)
+	),
+	TP_fast_assign(
+		__entry->id = r->dev->id;
+		__entry->cookie = le64_to_cpu(r->req->cookie);
+		__entry->op = le32_to_cpu(r->req->op);
+		__entry->frames = le32_to_cpu(r->req->nr_frames);
+		__entry->extents = le32_to_cpu(r->req->nr_extents);
+	),
+	TP_printk("hmm%d cookie=%llu op=%#x frames=%u extents=%u",
+		  __entry->id, __entry->cookie, __entry->op, __entry->frames,
+		  __entry->extents)
+);
+
+TRACE_EVENT(vhmm_copy_complete,
+	TP_PROTO(const struct vhmm_request *r, int error),
+	TP_ARGS(r, error),
+	TP_STRUCT__entry(
+		__field(int, id)
+		__field(u64, cookie)
+		__field(u32, op)
+		__field(u32, status)
+		__field(u32, done)
+		__field(u64, ns)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		__entry->id = r->dev->id;
+		__entry->cookie = le64_to_cpu(r->req->cookie);
+		__entry->op = le32_to_cpu(r->req->op);
+		__entry->status = le32_to_cpu(r->resp->status);
+		__entry->done = le32_to_cpu(r->resp->frames_done);
+		__entry->ns = r->latency_ns;
+		__entry->error = error;
+	),
+	TP_printk("hmm%d cookie=%llu op=%#x status=%u frames_done=%u ns=%llu error=%d",
+		  __entry->id, __entry->cookie, __entry->op, __entry->status,
+		  __entry->done, __entry->ns, __entry->error)
+);
+
+#endif /* VHMM_TRACE_H */
+
+#undef TRACE_INCLUDE_PATH
+#define TRACE_INCLUDE_PATH .
+#undef TRACE_INCLUDE_FILE
+#define TRACE_INCLUDE_FILE trace
+#include <trace/define_trace.h>
