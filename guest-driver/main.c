@@ -135,11 +135,8 @@ static int vhmm_find_vqs(struct vhmm_device *dev)
 		return ret;
 
 	dev->control.vq = vqs[VIRTIO_HMM_QUEUE_CONTROL];
-	dev->control.vq->priv = &dev->control;
-	for (i = 0; i < dev->nr_copy; i++) {
+	for (i = 0; i < dev->nr_copy; i++)
 		dev->copy[i].vq = vqs[VIRTIO_HMM_QUEUE_COPY + i];
-		dev->copy[i].vq->priv = &dev->copy[i];
-	}
 	return 0;
 }
 

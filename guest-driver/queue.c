@@ -52,20 +52,21 @@ static void vhmm_queue_drain_and_arm(struct vhmm_queue *q)
 
 /**
  * vhmm_queue_callback() - a used buffer notification came
- * @vq: the virtqueue, whose @priv is its &struct vhmm_queue
+ * @vq: the control queue or a copy queue
  *
  * Runs in hard interrupt context.
  */
 void vhmm_queue_callback(struct virtqueue *vq)
 {
-	struct vhmm_queue *q = vq->priv;
+	struct vhmm_device *dev = vq->vdev->priv;
+	struct vhmm_queue *q = vq->index == VIRTIO_HMM_QUEUE_CONTROL ?
+		&dev->control : &dev->copy[vq->index - VIRTIO_HMM_QUEUE_COPY];
 	unsigned long flags;
 
-	/* The line is shared by all queues and may fire before setup ends. */
-	if (!q)
-		return;
 	spin_lock_irqsave(&q->lock, flags);
-	vhmm_queue_drain_and_arm(q);
+	/* All queues share one line, which may fire before setup has ended. */
+	if (q->vq)
+		vhmm_queue_drain_and_arm(q);
 	spin_unlock_irqrestore(&q->lock, flags);
 }
 

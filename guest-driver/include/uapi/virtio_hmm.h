@@ -163,7 +163,8 @@ struct virtio_hmm_query {
  * ENOMEM, EIO and EFAULT (bad address in the range), and say how far it came.
  * Pages that cannot move are skipped and counted; they are not an error.
  *
- * EINVAL	unaligned or empty range, unknown direction, flags not zero
+ * EINVAL	unaligned or empty range, or beyond user space; unknown
+ *		direction; flags not zero
  * EFAULT	the argument cannot be accessed; or part of the range is not
  *		mapped (the mapped rest was migrated)
  * EINTR	a signal came between two batches of 2 MiB
@@ -179,7 +180,7 @@ struct virtio_hmm_query {
  * Report where each page of a range is. The answer is a snapshot: it may be
  * out of date when the call returns.
  *
- * EINVAL	unaligned or empty range, flags not zero
+ * EINVAL	unaligned or empty range, or beyond user space; flags not zero
  * EFAULT	the argument or the array cannot be accessed
  * EINTR	a signal came
  * ENOMEM	no kernel memory for the work
