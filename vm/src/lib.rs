@@ -1,1 +1,21 @@
-//! Placeholder.
+//! The tool behind `cargo vm`: makes what a VM with the device needs, boots it,
+//! runs one program in it and reports how that ended.
+
+pub mod accelerator;
+pub mod build;
+pub mod console;
+pub mod daemon;
+pub mod error;
+pub mod initramfs;
+pub mod machine;
+pub mod paths;
+pub mod prepare;
+pub mod process;
+pub mod profile;
+pub mod report;
+pub mod run;
+mod terminal;
+pub mod toolbox;
+pub mod units;
+
+pub use error::{Error, Result};

@@ -72,8 +72,14 @@ fn guest() -> Result<(), Error> {
         ("debugfs", "/sys/kernel/debug"),
         ("tracefs", "/sys/kernel/tracing"),
     ] {
-        mount(kind, target, kind, MountFlags::empty(), None::<&std::ffi::CStr>)
-            .map_err(|source| Error::Mount(target, source))?;
+        mount(
+            kind,
+            target,
+            kind,
+            MountFlags::empty(),
+            None::<&std::ffi::CStr>,
+        )
+        .map_err(|source| Error::Mount(target, source))?;
     }
     // The boot was quiet to be quick; from here on the host reads the log.
     let _ = fs::write("/proc/sys/kernel/printk", "8");
@@ -81,8 +87,13 @@ fn guest() -> Result<(), Error> {
     let port = open_port()?;
     let mut to_host = port.try_clone().map_err(Error::Port)?;
     if let Err(error) = session(port) {
-        send(&mut to_host, &Event::Error { message: with_sources(&error) })
-            .map_err(Error::Port)?;
+        send(
+            &mut to_host,
+            &Event::Error {
+                message: with_sources(&error),
+            },
+        )
+        .map_err(Error::Port)?;
     }
     Ok(())
 }
@@ -105,25 +116,46 @@ fn session(port: File) -> Result<(), Error> {
         Ok(child) => child.id(),
         // As a shell does: 127 for a program that is not there, 126 for one that cannot run.
         Err(Error::Start(program, source)) => {
-            let status = if source.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
+            let status = if source.kind() == io::ErrorKind::NotFound {
+                127
+            } else {
+                126
+            };
             let data = Bytes(format!("hmm-init: {program}: {source}\n").into_bytes());
-            send(&mut to_host, &Event::Output { stream: Stream::Stderr, data })
-                .map_err(Error::Port)?;
-            return send(&mut to_host, &Event::Exit { status: Some(status), signal: None })
-                .map_err(Error::Port);
+            send(
+                &mut to_host,
+                &Event::Output {
+                    stream: Stream::Stderr,
+                    data,
+                },
+            )
+            .map_err(Error::Port)?;
+            return send(
+                &mut to_host,
+                &Event::Exit {
+                    status: Some(status),
+                    signal: None,
+                },
+            )
+            .map_err(Error::Port);
         }
         Err(error) => return Err(error),
     };
     thread::spawn(move || {
-        let end = wait(pid).unwrap_or_else(|error| Event::Error { message: with_sources(&error) });
+        let end = wait(pid).unwrap_or_else(|error| Event::Error {
+            message: with_sources(&error),
+        });
         let _ = events.send(end);
     });
 
     let mut end = None;
     let mut alive = Instant::now();
     loop {
-        let patience =
-            if end.is_some() { LAST_OUTPUT } else { Duration::from_secs(ALIVE_SECONDS) };
+        let patience = if end.is_some() {
+            LAST_OUTPUT
+        } else {
+            Duration::from_secs(ALIVE_SECONDS)
+        };
         match queue.recv_timeout(patience) {
             Ok(event @ Event::Output { .. }) => send(&mut to_host, &event).map_err(Error::Port)?,
             Ok(event) => end = Some(event),
@@ -135,18 +167,31 @@ fn session(port: File) -> Result<(), Error> {
             alive = Instant::now();
         }
     }
-    send(&mut to_host, &end.unwrap_or(Event::Error { message: "the command is lost".into() }))
-        .map_err(Error::Port)
+    send(
+        &mut to_host,
+        &end.unwrap_or(Event::Error {
+            message: "the command is lost".into(),
+        }),
+    )
+    .map_err(Error::Port)
 }
 
 fn boot_event() -> Result<Event, Error> {
-    let uptime = fs::read_to_string("/proc/uptime")
-        .map_err(|source| Error::Read("/proc/uptime", source))?;
+    let uptime =
+        fs::read_to_string("/proc/uptime").map_err(|source| Error::Read("/proc/uptime", source))?;
     // "4.52 3.10": seconds with two decimals.
-    let centiseconds: u64 =
-        uptime.split(' ').next().unwrap_or_default().replace('.', "").parse().unwrap_or(0);
+    let centiseconds: u64 = uptime
+        .split(' ')
+        .next()
+        .unwrap_or_default()
+        .replace('.', "")
+        .parse()
+        .unwrap_or(0);
     Ok(Event::Boot {
-        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        kernel: rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned(),
         uptime_ms: centiseconds * 10,
     })
 }
@@ -154,7 +199,11 @@ fn boot_event() -> Result<Event, Error> {
 fn open_port() -> Result<File, Error> {
     let deadline = Instant::now() + DEVICE_WAIT;
     while Instant::now() < deadline {
-        for entry in fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten() {
+        for entry in fs::read_dir("/sys/class/virtio-ports")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let name = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
             if name.trim_end() == PORT {
                 return OpenOptions::new()
@@ -198,7 +247,10 @@ fn start(order: &Order, port: File, events: &Sender<Event>) -> Result<Child, Err
         }
         None => {
             let mut command = Command::new(program);
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            command
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
             command
         }
     };
@@ -226,7 +278,13 @@ fn start(order: &Order, port: File, events: &Sender<Event>) -> Result<Child, Err
 fn console(terminal: Terminal) -> Result<[File; 3], Error> {
     const PATH: &str = "/dev/ttyS0";
     let failed = |source| Error::Read(PATH, source);
-    let open = || OpenOptions::new().read(true).write(true).open(PATH).map_err(failed);
+    let open = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(PATH)
+            .map_err(failed)
+    };
     let file = open()?;
     let mut size = rustix::termios::tcgetwinsize(&file).map_err(|errno| failed(errno.into()))?;
     size.ws_row = terminal.rows;

@@ -64,7 +64,10 @@ impl Serialize for Bytes {
 impl<'de> Deserialize<'de> for Bytes {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        STANDARD.decode(text).map(Bytes).map_err(serde::de::Error::custom)
+        STANDARD
+            .decode(text)
+            .map(Bytes)
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -152,7 +155,10 @@ mod tests {
     fn every_byte_value_survives_the_port() {
         let data = Bytes((0..=255).collect());
         let mut wire = Vec::new();
-        let sent = Event::Output { stream: Stream::Stderr, data };
+        let sent = Event::Output {
+            stream: Stream::Stderr,
+            data,
+        };
         send(&mut wire, &sent).unwrap();
         assert_eq!(wire.iter().filter(|&&b| b == b'\n').count(), 1);
         let mut port = wire.as_slice();

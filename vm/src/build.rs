@@ -1,0 +1,207 @@
+//! What this checkout is built into: the device daemon, the guest's programs
+//! and the kernel module.
+
+use std::collections::hash_map::DefaultHasher;
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::process::Signal;
+use serde::Deserialize;
+
+use crate::error::{Error, FileContext, Result};
+use crate::initramfs;
+use crate::paths::{self, Cache};
+use crate::process::{capture, die_with_parent};
+use crate::report::Report;
+use crate::toolbox::{Toolbox, remove_all, run_inside};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+const PROFILE: &str = "vm";
+/// Package and binary of the device daemon.
+const DAEMON: &str = "vhost-device-hmm";
+/// Package and binary of the guest's first program.
+pub(crate) const INIT: &str = "hmm-init";
+const MODULE: &str = "virtio_hmm.ko";
+
+/// The cargo that runs this tool, or the one in PATH.
+#[must_use]
+pub fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(paths::checkout());
+    command
+}
+
+/// Where the Rust programs are, once they are built.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    directory: PathBuf,
+}
+
+impl Programs {
+    /// Asks cargo for the place.
+    ///
+    /// # Errors
+    /// cargo fails.
+    pub fn locate() -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Metadata {
+            target_directory: PathBuf,
+        }
+        let json = capture(cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
+        let metadata: Metadata = serde_json::from_str(&json)
+            .map_err(|error| Error::Config(format!("cargo metadata: {error}")))?;
+        Ok(Self {
+            directory: metadata.target_directory.join(TARGET).join(PROFILE),
+        })
+    }
+
+    /// Builds them; cargo shows its progress.
+    ///
+    /// # Errors
+    /// The build fails.
+    pub fn build(&self) -> Result<()> {
+        let mut command = cargo();
+        command.args(["build", "--quiet", "--target", TARGET, "--profile", PROFILE]);
+        if !self.path(DAEMON).exists() {
+            Report.line("building the device daemon and the guest's programs");
+        }
+        for package in [DAEMON, INIT]
+            .into_iter()
+            .chain(initramfs::programs()?.iter().map(AsRef::as_ref))
+        {
+            command.args(["--package", package]);
+        }
+        // Static, so that they run in a guest that has no library. One set of
+        // flags for all of them, so that they share their dependencies.
+        let mut flags = env::var_os("RUSTFLAGS").unwrap_or_default();
+        flags.push(OsString::from(" -C target-feature=+crt-static"));
+        command
+            .env("RUSTFLAGS", flags)
+            .env_remove("CARGO_ENCODED_RUSTFLAGS");
+        let status = die_with_parent(&mut command, Signal::TERM)
+            .stdin(Stdio::null())
+            .status()
+            .map_err(|source| Error::Start {
+                program: "cargo".into(),
+                source,
+            })?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(Error::Command {
+            program: "cargo build".into(),
+            status,
+            output: "its messages are above".into(),
+        })
+    }
+
+    /// Path of a program.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// Path of the device daemon.
+    #[must_use]
+    pub fn daemon(&self) -> PathBuf {
+        self.path(DAEMON)
+    }
+}
+
+/// Copies the module's sources into `directory`.
+///
+/// # Errors
+/// They cannot be read, or the directory cannot be written.
+pub fn copy_module_sources(directory: &Path) -> Result<()> {
+    let from = module_sources();
+    for file in source_files(&from)? {
+        let to = directory.join(&file);
+        if let Some(parent) = to.parent() {
+            fs::create_dir_all(parent).at("create", parent)?;
+        }
+        fs::copy(from.join(&file), &to).at("write", &to)?;
+    }
+    Ok(())
+}
+
+fn module_sources() -> PathBuf {
+    paths::checkout().join("guest-driver")
+}
+
+/// The module's own files, relative to its directory. Other files there (the
+/// Rust client, what an editor leaves) do not make it new.
+fn source_files(root: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    let mut directories = vec![PathBuf::new()];
+    while let Some(directory) = directories.pop() {
+        let path = root.join(&directory);
+        for entry in fs::read_dir(&path).at("read", &path)?.flatten() {
+            let name = directory.join(entry.file_name());
+            if entry.path().is_dir() {
+                directories.push(name);
+            } else if matches!(
+                entry.file_name().to_str(),
+                Some(file) if !file.ends_with(".mod.c")
+                    && (file.ends_with(".c") || file.ends_with(".h") || file == "Kbuild" || file == "Makefile")
+            ) {
+                files.push(name);
+            }
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// make's command line for the module in the directory at hand.
+///
+/// # Errors
+/// The toolbox holds no kernel.
+pub fn make_command(toolbox: &Toolbox, extra: &str) -> Result<String> {
+    let jobs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    Ok(format!(
+        "make --silent -j{jobs} -C /usr/lib/modules/{}/build M=/mnt {extra} modules",
+        toolbox.release()?
+    ))
+}
+
+/// Builds the kernel module unless these very sources were built for this very kernel.
+///
+/// # Errors
+/// The build fails.
+pub fn module(toolbox: &Toolbox, cache: &Cache, report: Report) -> Result<PathBuf> {
+    let sources = module_sources();
+    let mut hasher = DefaultHasher::new();
+    toolbox.root().hash(&mut hasher);
+    for file in source_files(&sources)? {
+        let path = sources.join(&file);
+        (file, fs::read(&path).at("read", &path)?).hash(&mut hasher);
+    }
+    let directory = cache.modules().join(format!("{:016x}", hasher.finish()));
+    let module = directory.join(MODULE);
+    if module.exists() {
+        return Ok(module);
+    }
+    let _lock = cache.lock(&report)?;
+    if module.exists() {
+        return Ok(module);
+    }
+    report.line(&format!(
+        "building the kernel module for {}",
+        toolbox.release()?
+    ));
+    let partial = directory.with_extension("partial");
+    remove_all(&partial)?;
+    fs::create_dir_all(&partial).at("create", &partial)?;
+    copy_module_sources(&partial)?;
+    run_inside(&mut toolbox.enter(&partial, &make_command(toolbox, "")?))?;
+    fs::rename(&partial, &directory).at("create", &directory)?;
+    if module.exists() {
+        Ok(module)
+    } else {
+        Err(Error::Incomplete(MODULE))
+    }
+}

@@ -1,0 +1,131 @@
+//! The device daemon of one run, and its control socket.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde::Deserialize;
+
+use crate::error::{Error, FileContext, Result};
+use crate::process::{Guarded, describe, tail};
+use crate::profile::Device;
+
+/// How long a daemon may take to open its socket, and to end when asked.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Counters of one kind of request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Operation {
+    /// Requests completed.
+    pub requests: u64,
+    /// Frames that were copied or filled.
+    pub frames: u64,
+    /// Bytes in these frames.
+    pub bytes: u64,
+    /// Requests and frames that failed.
+    pub errors: u64,
+}
+
+/// The daemon's counters of the VM session at hand, or of the last one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Counters {
+    /// Guest RAM to device memory.
+    pub to_device: Operation,
+    /// Device memory to guest RAM.
+    pub from_device: Operation,
+    /// Zeroing of device memory.
+    pub fill: Operation,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Reply {
+    Counters { counters: Counters },
+    Error { error: String },
+}
+
+/// Asks the daemon behind this control socket for its counters.
+///
+/// # Errors
+/// Nobody answers, or the answer is an error.
+pub fn counters(socket: &Path) -> Result<Counters> {
+    let mut stream = UnixStream::connect(socket).at("connect to", socket)?;
+    stream.set_read_timeout(Some(PATIENCE)).at("use", socket)?;
+    stream
+        .write_all(b"{\"command\":\"counters\"}\n")
+        .at("write to", socket)?;
+    let mut line = String::new();
+    BufReader::new(stream)
+        .read_line(&mut line)
+        .at("read", socket)?;
+    match serde_json::from_str(&line) {
+        Ok(Reply::Counters { counters }) => Ok(counters),
+        Ok(Reply::Error { error }) => Err(Error::Control(error)),
+        Err(_) => Err(Error::Control(line)),
+    }
+}
+
+/// Where the sockets of a device are.
+#[derive(Clone, Debug)]
+pub struct Sockets {
+    /// vhost-user.
+    pub device: PathBuf,
+    /// Control.
+    pub control: PathBuf,
+}
+
+/// The command that starts the daemon.
+#[must_use]
+pub fn command(program: &Path, device: &Device, sockets: &Sockets) -> Command {
+    let mut command = Command::new(program);
+    command
+        .arg("--socket-path")
+        .arg(&sockets.device)
+        .arg("--control-socket")
+        .arg(&sockets.control)
+        .arg("--memory-size")
+        .arg(device.memory.to_string())
+        .arg("--copy-queues")
+        .arg(device.copy_queues.to_string());
+    command
+}
+
+/// Starts the daemon and waits until it listens.
+pub(crate) fn start(
+    program: &Path,
+    device: &Device,
+    sockets: &Sockets,
+    log: &Path,
+) -> Result<Guarded> {
+    let file = File::create(log).at("create", log)?;
+    let mut command = command(program, device, sockets);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(file);
+    // SIGTERM also when the tool is killed: the daemon then removes its sockets.
+    let mut daemon = Guarded::start(&mut command, Signal::TERM, PATIENCE)?;
+    let deadline = Instant::now() + PATIENCE;
+    while !(sockets.device.exists() && sockets.control.exists()) {
+        if let Some(status) = daemon.ended() {
+            let log = std::fs::read_to_string(log).unwrap_or_default();
+            return Err(Error::DaemonStart {
+                end: describe(status),
+                log: tail(&log, 3),
+            });
+        }
+        if Instant::now() > deadline {
+            return Err(Error::DaemonSilent {
+                socket: sockets.device.clone(),
+                seconds: PATIENCE.as_secs(),
+            });
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok(daemon)
+}

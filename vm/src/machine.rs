@@ -1,0 +1,168 @@
+//! The QEMU command line of one run.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::accelerator::Accelerator;
+use crate::error::Result;
+use crate::profile::Profile;
+use crate::toolbox::Toolbox;
+
+/// Virtio id of the device, see `docs/device-specification.md`.
+const VIRTIO_ID: u32 = 6;
+/// Bytes of the device's configuration space that QEMU passes through.
+const CONFIG_SIZE: u32 = 256;
+/// The control and event queues, which come before the copy queues.
+const FIRST_COPY_QUEUE: u32 = 2;
+
+/// Files and sockets of one run.
+#[derive(Clone, Debug)]
+pub struct RunFiles {
+    /// The guest's file system.
+    pub initramfs: PathBuf,
+    /// Socket of the results port; the tool listens on it.
+    pub results: PathBuf,
+    /// Socket of the serial console, for an interactive run; the tool listens on it.
+    pub terminal: PathBuf,
+    /// Socket of QEMU's gdb stub.
+    pub gdb: PathBuf,
+    /// Log of the serial console.
+    pub console_log: PathBuf,
+}
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub struct Machine<'a> {
+    /// Where QEMU and the kernel come from.
+    pub toolbox: &'a Toolbox,
+    /// The machine.
+    pub profile: &'a Profile,
+    /// What it runs on.
+    pub accelerator: Accelerator,
+    /// Socket of the device daemon; no device without one.
+    pub device: Option<PathBuf>,
+    /// Whether the console is for a person.
+    pub interactive: bool,
+    /// Whether to wait for a debugger.
+    pub gdb: bool,
+}
+
+impl Machine<'_> {
+    /// The command that starts QEMU.
+    ///
+    /// # Errors
+    /// The toolbox holds no kernel.
+    pub fn command(&self, files: &RunFiles) -> Result<Command> {
+        let profile = self.profile;
+        let mut command = self.toolbox.program("qemu-system-x86_64");
+        for firmware in ["usr/share/qemu", "usr/share/seabios"] {
+            command.arg("-L").arg(self.toolbox.root().join(firmware));
+        }
+        // The user's own QEMU configuration stays out of it.
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+        ]);
+        let mut option = |name: &str, value: &str| {
+            command.arg(name).arg(value);
+        };
+        match self.accelerator {
+            Accelerator::Kvm => {
+                option("-accel", "kvm");
+                option("-cpu", &profile.cpu.kvm);
+            }
+            Accelerator::Tcg => {
+                option("-accel", "tcg,thread=multi");
+                option("-cpu", &profile.cpu.tcg);
+            }
+        }
+        // vhost-user shares the guest's RAM with the daemon.
+        option(
+            "-machine",
+            &format!("{},memory-backend=ram,vmport=off", profile.machine),
+        );
+        option(
+            "-object",
+            &format!(
+                "memory-backend-memfd,id=ram,share=on,size={}",
+                profile.memory
+            ),
+        );
+        option("-m", &profile.memory.to_string());
+        option("-smp", &profile.cpus.to_string());
+        option("-rtc", "base=utc");
+
+        let kernel = self
+            .toolbox
+            .root()
+            .join("usr/lib/modules")
+            .join(self.toolbox.release()?);
+        command.arg("-kernel").arg(kernel.join("vmlinuz"));
+        command.arg("-initrd").arg(&files.initramfs);
+        command
+            .arg("-append")
+            .arg(profile.kernel.command_line.join(" "));
+
+        let log = escaped(&files.console_log);
+        let console = if self.interactive {
+            joined([
+                "socket,id=console,path=",
+                &escaped(&files.terminal),
+                ",logfile=",
+                &log,
+            ])
+        } else {
+            joined(["file,id=console,path=", &log])
+        };
+        command
+            .arg("-chardev")
+            .arg(console)
+            .args(["-serial", "chardev:console"]);
+        command
+            .arg("-chardev")
+            .arg(joined([
+                "socket,id=results,path=",
+                &escaped(&files.results),
+            ]))
+            .args(["-device", "virtio-serial-pci"])
+            .args([
+                "-device",
+                &format!("virtserialport,chardev=results,name={}", hmm_init::PORT),
+            ]);
+
+        if let Some(socket) = &self.device {
+            command
+                .arg("-chardev")
+                .arg(joined(["socket,id=hmm,path=", &escaped(socket)]))
+                // Only behind a port of its own can the device be unplugged.
+                .args(["-device", "pcie-root-port,id=port,chassis=1"])
+                .args([
+                    "-device",
+                    &format!(
+                        "vhost-user-test-device-pci,bus=port,chardev=hmm,virtio-id={VIRTIO_ID},\
+                         num_vqs={},vq_size={},config_size={CONFIG_SIZE}",
+                        FIRST_COPY_QUEUE + profile.device.copy_queues,
+                        profile.device.queue_size
+                    ),
+                ]);
+        }
+        if self.gdb {
+            let socket = joined(["unix:", &escaped(&files.gdb), ",server=on,wait=off"]);
+            command.arg("-S").arg("-gdb").arg(socket);
+        }
+        Ok(command)
+    }
+}
+
+/// A path as a value in QEMU's options, where a comma is written twice.
+fn escaped(path: &std::path::Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+fn joined<const N: usize>(parts: [&str; N]) -> OsString {
+    parts.concat().into()
+}

@@ -1,0 +1,121 @@
+//! `cargo vm`.
+
+use std::io::{IsTerminal, stdin, stdout};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use hmm_vm::error::with_sources;
+use hmm_vm::prepare::{Job, MachineOptions, Prepared, dry_run, log_tail};
+use hmm_vm::run::pass_on;
+use hmm_vm::{Error, Result};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo vm",
+    about = "Boots a VM with a virtual HMM device and runs programs in it"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a command in the guest and end with its exit status
+    #[command(
+        after_help = "Exit status: the command's own (128+N if signal N ended it); \
+        123 the guest's kernel complained, 124 a time limit, 125 any other failure."
+    )]
+    Run {
+        #[command(flatten)]
+        machine: MachineOptions,
+        /// Copy a file or directory into the guest's /root (again for more)
+        #[arg(long, value_name = "PATH")]
+        with: Vec<PathBuf>,
+        /// Set a variable in the command's environment (again for more)
+        #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
+        env: Vec<(String, String)>,
+        /// The command and its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// A shell in the guest, with the driver loaded
+    #[command(
+        after_help = "On a terminal the shell has the guest's console; Ctrl-A x ends the \
+        machine. Otherwise it reads its commands from standard input."
+    )]
+    Boot {
+        #[command(flatten)]
+        machine: MachineOptions,
+        /// Copy a file or directory into the guest's /root (again for more)
+        #[arg(long, value_name = "PATH")]
+        with: Vec<PathBuf>,
+    },
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("not of the form NAME=VALUE".into()),
+    }
+}
+
+fn main() -> ExitCode {
+    match execute(Cli::parse().command) {
+        Ok(status) => status.into(),
+        Err(error) => {
+            if let Error::Run { logs, .. } = &error
+                && !error.is_interruption()
+            {
+                eprintln!("{}", log_tail(logs));
+            }
+            eprintln!("virtio-hmm: {}", with_sources(&error));
+            error.exit_status().into()
+        }
+    }
+}
+
+fn execute(command: Command) -> Result<u8> {
+    match command {
+        Command::Run {
+            machine,
+            with,
+            env,
+            command,
+        } => run(
+            &machine,
+            &Job {
+                command,
+                files: with,
+                environment: env.into_iter().collect(),
+                interactive: false,
+                forward_input: !stdin().is_terminal(),
+            },
+        ),
+        Command::Boot { machine, with } => {
+            let interactive = stdin().is_terminal() && stdout().is_terminal();
+            let mut command = vec!["sh".to_owned()];
+            command.extend(interactive.then(|| "-l".to_owned()));
+            run(
+                &machine,
+                &Job {
+                    command,
+                    files: with,
+                    interactive,
+                    forward_input: !interactive,
+                    ..Job::default()
+                },
+            )
+        }
+    }
+}
+
+fn run(machine: &MachineOptions, job: &Job) -> Result<u8> {
+    if machine.dry_run {
+        print!("{}", dry_run(machine, job.interactive)?);
+        return Ok(0);
+    }
+    let finished = Prepared::new(machine)?.run(job, &mut pass_on)?;
+    Ok(finished.end.exit_status())
+}

@@ -1,0 +1,116 @@
+//! Where things are: the checkout, and the cache outside it.
+
+use std::env;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use crate::error::{Error, FileContext, Result};
+use crate::report::Report;
+
+/// The checkout this tool was built from.
+#[must_use]
+pub fn checkout() -> &'static Path {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest)
+}
+
+/// The directory of everything this tool makes and keeps.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    root: PathBuf,
+}
+
+impl Cache {
+    /// `VIRTIO_HMM_CACHE`, or `virtio-hmm` in `XDG_CACHE_HOME` or `~/.cache`.
+    ///
+    /// # Errors
+    /// None of these variables nor HOME is set.
+    pub fn locate() -> Result<Self> {
+        let set = |name| {
+            env::var_os(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
+        };
+        let root = set("VIRTIO_HMM_CACHE")
+            .or_else(|| set("XDG_CACHE_HOME").map(|dir| dir.join("virtio-hmm")))
+            .or_else(|| set("HOME").map(|dir| dir.join(".cache/virtio-hmm")))
+            .ok_or(Error::NoCache)?;
+        std::path::absolute(&root)
+            .at("use", &root)
+            .map(|root| Self { root })
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// One toolbox root for each recipe.
+    #[must_use]
+    pub fn toolboxes(&self) -> PathBuf {
+        self.root.join("toolbox")
+    }
+
+    /// apt's own state and the packages of an unfinished toolbox.
+    #[must_use]
+    pub fn apt(&self) -> PathBuf {
+        self.root.join("apt")
+    }
+
+    /// One build of the kernel module for each of its sources and kernels.
+    #[must_use]
+    pub fn modules(&self) -> PathBuf {
+        self.root.join("module")
+    }
+
+    /// The logs of the last runs.
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
+        self.root.join("logs")
+    }
+
+    /// Whether KVM works here.
+    #[must_use]
+    pub fn accelerator(&self) -> PathBuf {
+        self.root.join("accelerator.json")
+    }
+
+    fn lock_file(&self) -> PathBuf {
+        self.root.join("lock")
+    }
+
+    /// Everything this tool may have put into the cache.
+    #[must_use]
+    pub fn entries(&self) -> [PathBuf; 6] {
+        [
+            self.toolboxes(),
+            self.apt(),
+            self.modules(),
+            self.logs(),
+            self.accelerator(),
+            self.lock_file(),
+        ]
+    }
+
+    /// Keeps other runs of this tool from changing the cache until the file is dropped.
+    ///
+    /// # Errors
+    /// The cache cannot be written.
+    pub fn lock(&self, report: &Report) -> Result<File> {
+        fs::create_dir_all(&self.root).at("create", &self.root)?;
+        let path = self.lock_file();
+        let file = File::create(&path).at("create", &path)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                report.line("waiting for another run that prepares the same things");
+                flock(&file, FlockOperation::LockExclusive).at("lock", &path)?;
+            }
+            other => other.at("lock", &path)?,
+        }
+        Ok(file)
+    }
+}

@@ -1,0 +1,381 @@
+//! Everything that has to be there before a machine can start.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use hmm_init::{Driver, Order};
+
+use crate::accelerator::{Accelerator, Choice, kvm_failure};
+use crate::build::{self, Programs};
+use crate::daemon::Sockets;
+use crate::error::{Error, FileContext, Result};
+use crate::initramfs::{self, MODULE_PATH};
+use crate::machine::Machine;
+use crate::paths::Cache;
+use crate::process::shell_line;
+use crate::profile::Profile;
+use crate::report::Report;
+use crate::run::{DeviceAt, Finished, Limits, Run, own_sockets, run_files, scratch_directory};
+use crate::terminal;
+use crate::toolbox::{MIRROR_VARIABLE, Toolbox, remove_all};
+use crate::units::{Size, parse_duration};
+
+/// Device node that the driver makes for the machine's one device.
+const DEVICE_NODE: &str = "/dev/hmm0";
+/// Runs whose logs are kept.
+const KEPT_LOGS: usize = 50;
+/// The probe guest does nothing but boot.
+const PROBE: Duration = Duration::from_secs(20);
+
+/// What the user can say about the machine.
+#[derive(Args, Clone, Debug)]
+pub struct MachineOptions {
+    /// Machine profile: a name in qemu-configs/, or the path of a TOML file
+    #[arg(long, default_value = "default", value_name = "NAME")]
+    pub profile: String,
+    /// What the machine runs on
+    #[arg(long, value_enum, default_value_t = Choice::Auto)]
+    pub accel: Choice,
+    /// Virtual CPUs
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u32>,
+    /// Guest memory, such as 1G
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Size>,
+    /// Device memory, such as 256M
+    #[arg(long, value_name = "SIZE")]
+    pub device_memory: Option<Size>,
+    /// Copy queues of the device
+    #[arg(long, value_name = "N")]
+    pub copy_queues: Option<u32>,
+    /// Boot without the device and its driver
+    #[arg(long, conflicts_with = "device_socket")]
+    pub no_device: bool,
+    /// Use the device daemon at this vhost-user socket instead of starting one
+    #[arg(long, value_name = "SOCKET", requires = "control_socket")]
+    pub device_socket: Option<PathBuf>,
+    /// Control socket of that daemon
+    #[arg(long, value_name = "SOCKET", requires = "device_socket")]
+    pub control_socket: Option<PathBuf>,
+    /// Go on when the device daemon dies: the guest then sees a dead device
+    #[arg(long)]
+    pub device_may_die: bool,
+    /// End the run after this time, such as 90s or 10m [default: 10m; none for boot and --gdb]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// End the run when the guest gives no sign of life for this time
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "60s")]
+    pub silence: Duration,
+    /// Start stopped, and let a debugger attach to the guest's kernel
+    #[arg(long)]
+    pub gdb: bool,
+    /// Print the daemon's and QEMU's command lines and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Debian mirror for the toolbox, instead of the one this machine's apt uses
+    #[arg(long, value_name = "URL", env = MIRROR_VARIABLE)]
+    pub mirror: Option<String>,
+}
+
+impl MachineOptions {
+    /// The profile, with what the command line changes.
+    ///
+    /// # Errors
+    /// There is no such profile, or a value cannot work.
+    pub fn profile(&self) -> Result<Profile> {
+        let mut profile = Profile::load(&self.profile)?;
+        profile.cpus = self.cpus.unwrap_or(profile.cpus);
+        profile.memory = self.memory.unwrap_or(profile.memory);
+        profile.device.memory = self.device_memory.unwrap_or(profile.device.memory);
+        profile.device.copy_queues = self.copy_queues.unwrap_or(profile.device.copy_queues);
+        profile.check()?;
+        Ok(profile)
+    }
+}
+
+/// What runs in the guest.
+#[derive(Clone, Debug, Default)]
+pub struct Job {
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// Files of the user's.
+    pub files: Vec<PathBuf>,
+    /// Variables of the user's.
+    pub environment: BTreeMap<String, String>,
+    /// Run it on the console, for a person.
+    pub interactive: bool,
+    /// Give it this process's standard input.
+    pub forward_input: bool,
+}
+
+/// Everything is there; a machine can start.
+#[derive(Debug)]
+pub struct Prepared {
+    options: MachineOptions,
+    profile: Profile,
+    cache: Cache,
+    toolbox: Toolbox,
+    programs: Programs,
+    module: Option<PathBuf>,
+    accelerator: Accelerator,
+}
+
+impl Prepared {
+    /// Makes what is missing, and says so.
+    ///
+    /// # Errors
+    /// Something cannot be made.
+    pub fn new(options: &MachineOptions) -> Result<Self> {
+        let report = Report;
+        let profile = options.profile()?;
+        let cache = Cache::locate()?;
+        let toolbox = Toolbox::place(&cache)?;
+        let programs = Programs::locate()?;
+        programs.build()?;
+        toolbox.make(&cache, options.mirror.as_deref(), report)?;
+        let module = if options.no_device {
+            None
+        } else {
+            Some(build::module(&toolbox, &cache, report)?)
+        };
+        let mut prepared = Self {
+            options: options.clone(),
+            profile,
+            cache,
+            toolbox,
+            programs,
+            module,
+            accelerator: Accelerator::Tcg,
+        };
+        if options.accel != Choice::Tcg {
+            prepared.accelerator = prepared.choose_accelerator(report)?;
+        }
+        Ok(prepared)
+    }
+
+    /// What the machine runs on.
+    #[must_use]
+    pub fn accelerator(&self) -> Accelerator {
+        self.accelerator
+    }
+
+    /// Where QEMU comes from.
+    #[must_use]
+    pub fn toolbox(&self) -> &Toolbox {
+        &self.toolbox
+    }
+
+    fn choose_accelerator(&self, report: Report) -> Result<Accelerator> {
+        let probe = || {
+            report
+                .line("trying whether a guest runs on KVM here (once for each boot of this host)");
+            self.probe()
+        };
+        match kvm_failure(&self.cache, self.toolbox.root(), probe)? {
+            None => Ok(Accelerator::Kvm),
+            Some(reason) if self.options.accel == Choice::Kvm => Err(Error::NoKvm(reason)),
+            Some(reason) => {
+                report.line(&format!("using TCG: {reason}"));
+                Ok(Accelerator::Tcg)
+            }
+        }
+    }
+
+    fn probe(&self) -> Result<()> {
+        let job = Job {
+            command: vec!["true".into()],
+            ..Job::default()
+        };
+        let limits = Limits {
+            total: Some(PROBE),
+            silence: PROBE,
+            device_may_die: false,
+        };
+        self.start(
+            Accelerator::Kvm,
+            &job,
+            DeviceAt::Nowhere,
+            limits,
+            &mut |_, _| Ok(()),
+        )
+        .map(drop)
+    }
+
+    /// Boots a machine, runs the job in it and hands on its output.
+    ///
+    /// # Errors
+    /// Anything but the command's own end; the log's tail has been shown then.
+    pub fn run(
+        &self,
+        job: &Job,
+        output: &mut dyn FnMut(hmm_init::Stream, &[u8]) -> io::Result<()>,
+    ) -> Result<Finished> {
+        let unlimited = job.interactive || self.options.gdb;
+        let limits = Limits {
+            total: self
+                .options
+                .timeout
+                .or((!unlimited).then_some(Duration::from_secs(600))),
+            silence: if unlimited {
+                Duration::MAX
+            } else {
+                self.options.silence
+            },
+            device_may_die: self.options.device_may_die,
+        };
+        let device = match (&self.options.device_socket, &self.options.control_socket) {
+            (Some(device), Some(control)) => DeviceAt::Others(Sockets {
+                device: device.clone(),
+                control: control.clone(),
+            }),
+            _ if self.options.no_device => DeviceAt::Nowhere,
+            _ => DeviceAt::Own(self.programs.daemon()),
+        };
+        self.start(self.accelerator, job, device, limits, output)
+    }
+
+    fn start(
+        &self,
+        accelerator: Accelerator,
+        job: &Job,
+        device: DeviceAt,
+        limits: Limits,
+        output: &mut dyn FnMut(hmm_init::Stream, &[u8]) -> io::Result<()>,
+    ) -> Result<Finished> {
+        let scratch = scratch_directory()?;
+        let logs = self.new_log_directory()?;
+        let driver = !matches!(device, DeviceAt::Nowhere);
+        let order = Order {
+            command: job.command.clone(),
+            environment: job.environment.clone(),
+            driver: driver.then(|| Driver {
+                path: MODULE_PATH.into(),
+                parameters: self.profile.driver.parameters.clone(),
+                node: DEVICE_NODE.into(),
+            }),
+            terminal: job.interactive.then(terminal::size),
+        };
+        let files = run_files(scratch.path(), &logs);
+        initramfs::write(
+            &files.initramfs,
+            &self.programs,
+            &self.toolbox.root().join("usr/bin/busybox"),
+            self.module.as_deref().filter(|_| driver),
+            &job.files,
+            &order,
+        )?;
+        let run = Run {
+            machine: Machine {
+                toolbox: &self.toolbox,
+                profile: &self.profile,
+                accelerator,
+                device: None,
+                interactive: job.interactive,
+                gdb: self.options.gdb,
+            },
+            device,
+            limits,
+            logs: &logs,
+            forward_input: job.forward_input,
+        };
+        run.go(scratch.path(), output).map_err(|error| Error::Run {
+            logs,
+            cause: Box::new(error),
+        })
+    }
+
+    fn new_log_directory(&self) -> Result<PathBuf> {
+        let all = self.cache.logs();
+        fs::create_dir_all(&all).at("create", &all)?;
+        let mut old: Vec<PathBuf> = fs::read_dir(&all)
+            .at("read", &all)?
+            .flatten()
+            .map(|entry| entry.path())
+            .collect();
+        old.sort();
+        for path in old.iter().rev().skip(KEPT_LOGS - 1) {
+            remove_all(path)?;
+        }
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let path = all.join(format!("{}-{}", now.as_millis(), std::process::id()));
+        fs::create_dir(&path).at("create", &path)?;
+        Ok(path)
+    }
+}
+
+/// The command lines of a run, without making or starting anything.
+///
+/// # Errors
+/// The profile is wrong, or there is no toolbox yet.
+pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
+    let profile = options.profile()?;
+    let cache = Cache::locate()?;
+    let toolbox = Toolbox::place(&cache)?;
+    if !toolbox.is_made() {
+        return Err(Error::Config(format!(
+            "there is no toolbox in {} yet, so there is no QEMU to name; any other command makes it",
+            toolbox.root().display()
+        )));
+    }
+    let scratch = std::env::temp_dir().join("virtio-hmm-XXXXXX");
+    let logs = cache.logs().join("XXXXXX");
+    let mut text = String::new();
+    let sockets = match (&options.device_socket, &options.control_socket) {
+        (Some(device), Some(control)) => Sockets {
+            device: device.clone(),
+            control: control.clone(),
+        },
+        _ if options.no_device => own_sockets(&scratch),
+        _ => {
+            let sockets = own_sockets(&scratch);
+            let daemon = Programs::locate()?.daemon();
+            let command = crate::daemon::command(&daemon, &profile.device, &sockets);
+            text = shell_line(&command) + "\n";
+            sockets
+        }
+    };
+    let kvm = matches!(
+        crate::accelerator::remembered_kvm(&cache, toolbox.root()),
+        Some(None)
+    );
+    let machine = Machine {
+        toolbox: &toolbox,
+        profile: &profile,
+        accelerator: match options.accel {
+            Choice::Kvm => Accelerator::Kvm,
+            Choice::Auto if kvm => Accelerator::Kvm,
+            Choice::Auto | Choice::Tcg => Accelerator::Tcg,
+        },
+        device: (!options.no_device).then_some(sockets.device),
+        interactive,
+        gdb: options.gdb,
+    };
+    text += &shell_line(&machine.command(&run_files(&scratch, &logs))?);
+    text.push('\n');
+    Ok(text)
+}
+
+/// The end of the guest's log, and where the rest is.
+#[must_use]
+pub fn log_tail(logs: &Path) -> String {
+    let path = logs.join("console.log");
+    let bytes = fs::read(&path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes).replace('\r', "");
+    if text.is_empty() {
+        return format!(
+            "(the guest's log is empty; the others are in {})",
+            logs.display()
+        );
+    }
+    format!(
+        "{}\n(all of it: {})",
+        crate::process::tail(&text, 40),
+        path.display()
+    )
+}

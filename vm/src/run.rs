@@ -1,0 +1,417 @@
+//! One run: the daemon, the machine, and what the guest says, to an end.
+
+use std::fs;
+use std::io::{self, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hmm_init::{Bytes, Event, Input, Stream, receive, send};
+use rustix::process::Signal;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::console::Follower;
+use crate::daemon::{self, Counters, Sockets};
+use crate::error::{Error, FileContext, Result};
+use crate::machine::{Machine, RunFiles};
+use crate::process::{Guarded, describe, tail};
+use crate::terminal;
+
+/// How long a guest whose command has ended may take to power off.
+const POWER_OFF: Duration = Duration::from_secs(30);
+/// How often the console, the children and the signals are looked at.
+const GLANCE: Duration = Duration::from_millis(20);
+
+/// Where the device of a run is.
+#[derive(Clone, Debug)]
+pub enum DeviceAt {
+    /// No device at all.
+    Nowhere,
+    /// In a daemon that the run starts and ends.
+    Own(PathBuf),
+    /// In a daemon of the user's, which goes on afterwards.
+    Others(Sockets),
+}
+
+/// Limits of a run.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// For the whole run.
+    pub total: Option<Duration>,
+    /// Without a sign of life from the guest.
+    pub silence: Duration,
+    /// Whether the run goes on when the daemon dies.
+    pub device_may_die: bool,
+}
+
+/// How the guest's command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// With this status.
+    Status(i32),
+    /// By this signal.
+    Signal(i32),
+}
+
+impl End {
+    /// As a shell has it: the status, or 128 and the signal.
+    #[must_use]
+    pub fn exit_status(self) -> u8 {
+        let status = match self {
+            Self::Status(status) => status,
+            Self::Signal(signal) => 128 + signal,
+        };
+        u8::try_from(status & 0xff).unwrap_or(u8::MAX)
+    }
+}
+
+/// A run that came to its end.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// The command's end.
+    pub end: End,
+    /// The guest's kernel.
+    pub kernel: String,
+    /// From QEMU's start to the guest's first line.
+    pub boot: Duration,
+    /// The daemon's counters after the guest has gone; `None` without a device, or if it died.
+    pub counters: Option<Counters>,
+}
+
+/// What a run is made of.
+#[derive(Debug)]
+pub struct Run<'a> {
+    /// The machine; its `device` is filled in from `device` here.
+    pub machine: Machine<'a>,
+    /// The device.
+    pub device: DeviceAt,
+    /// Limits.
+    pub limits: Limits,
+    /// Directory of the logs, which stay.
+    pub logs: &'a Path,
+    /// Whether the command reads this process's standard input.
+    pub forward_input: bool,
+}
+
+/// A directory for sockets, short enough for their names, removed on drop.
+///
+/// # Errors
+/// It cannot be made.
+pub fn scratch_directory() -> Result<tempfile::TempDir> {
+    let parent = std::env::temp_dir();
+    tempfile::Builder::new()
+        .prefix("virtio-hmm-")
+        .tempdir_in(&parent)
+        .at("write", &parent)
+}
+
+/// Names the files of a run in its scratch and log directories.
+#[must_use]
+pub fn run_files(scratch: &Path, logs: &Path) -> RunFiles {
+    RunFiles {
+        initramfs: scratch.join("initramfs"),
+        results: scratch.join("results"),
+        terminal: scratch.join("console"),
+        gdb: scratch.join("gdb"),
+        console_log: logs.join("console.log"),
+    }
+}
+
+/// Names the sockets of a run's own daemon.
+#[must_use]
+pub fn own_sockets(scratch: &Path) -> Sockets {
+    Sockets {
+        device: scratch.join("device"),
+        control: scratch.join("control"),
+    }
+}
+
+impl Run<'_> {
+    /// Starts everything, hands the command's output to `output`, and ends everything.
+    ///
+    /// # Errors
+    /// Anything but the command's own end.
+    pub fn go(
+        mut self,
+        scratch: &Path,
+        output: &mut dyn FnMut(Stream, &[u8]) -> io::Result<()>,
+    ) -> Result<Finished> {
+        let signals = Signals::register()?;
+        let files = run_files(scratch, self.logs);
+        let listener = UnixListener::bind(&files.results).at("listen on", &files.results)?;
+
+        let daemon_log = self.logs.join("daemon.log");
+        let (mut daemon, sockets) = match &self.device {
+            DeviceAt::Nowhere => (None, None),
+            DeviceAt::Own(program) => {
+                let sockets = own_sockets(scratch);
+                let device = &self.machine.profile.device;
+                (
+                    Some(daemon::start(program, device, &sockets, &daemon_log)?),
+                    Some(sockets),
+                )
+            }
+            DeviceAt::Others(sockets) => (None, Some(sockets.clone())),
+        };
+        self.machine.device = sockets.as_ref().map(|sockets| sockets.device.clone());
+
+        fs::write(&files.console_log, "").at("write", &files.console_log)?;
+        let qemu_log = self.logs.join("qemu.log");
+        let mut command = self.machine.command(&files)?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&qemu_log).at("create", &qemu_log)?);
+        let terminal = if self.machine.interactive {
+            let socket = &files.terminal;
+            Some(UnixListener::bind(socket).at("listen on", socket)?)
+        } else {
+            None
+        };
+        let started = Instant::now();
+        let mut qemu = Guarded::start(&mut command, Signal::KILL, Duration::from_secs(2))?;
+        if self.machine.gdb {
+            eprintln!(
+                "virtio-hmm: the machine waits for a debugger: gdb -ex 'target remote {}'",
+                files.gdb.display()
+            );
+        }
+        let (to_self, guest) = mpsc::channel();
+        let forward_input = self.forward_input;
+        thread::spawn(move || read_guest(&listener, forward_input, &to_self));
+        let terminal = terminal
+            .map(|listener| terminal::Session::start(listener))
+            .transpose()?;
+
+        let mut watch = Watch {
+            limits: self.limits,
+            started,
+            heard: started,
+            console: Follower::open(&files.console_log).at("read", &files.console_log)?,
+            signals,
+            guest,
+        };
+        let finished = watch.follow(&mut qemu, &mut daemon, &qemu_log, terminal.as_ref(), output);
+        drop(terminal);
+        drop(qemu);
+        let mut finished = finished?;
+        if let Some(sockets) = &sockets
+            && daemon
+                .as_mut()
+                .is_none_or(|daemon| daemon.ended().is_none())
+        {
+            finished.counters = Some(daemon::counters(&sockets.control)?);
+        }
+        Ok(finished)
+    }
+}
+
+/// The signals that end a run.
+struct Signals {
+    last: Arc<AtomicUsize>,
+}
+
+impl Signals {
+    fn register() -> Result<Self> {
+        let last = Arc::new(AtomicUsize::new(0));
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            let number = usize::try_from(signal).unwrap_or_default();
+            signal_hook::flag::register_usize(signal, Arc::clone(&last), number)
+                .at("handle signals of", "this process")?;
+        }
+        Ok(Self { last })
+    }
+
+    fn check(&self) -> Result<()> {
+        match i32::try_from(self.last.load(Ordering::Relaxed)) {
+            Ok(0) => Ok(()),
+            Ok(signal) => Err(Error::Interrupted(signal)),
+            Err(_) => Err(Error::Interrupted(SIGTERM)),
+        }
+    }
+}
+
+struct Watch {
+    limits: Limits,
+    started: Instant,
+    heard: Instant,
+    console: Follower,
+    signals: Signals,
+    guest: Receiver<io::Result<Event>>,
+}
+
+impl Watch {
+    fn follow(
+        &mut self,
+        qemu: &mut Guarded,
+        daemon: &mut Option<Guarded>,
+        qemu_log: &Path,
+        terminal: Option<&terminal::Session>,
+        output: &mut dyn FnMut(Stream, &[u8]) -> io::Result<()>,
+    ) -> Result<Finished> {
+        let mut kernel = String::new();
+        let mut boot = Duration::ZERO;
+        let mut end = None;
+        loop {
+            // The guest's last words come before QEMU's end.
+            let qemu_end = qemu.ended();
+            let mut message = match qemu_end {
+                None => self.guest.recv_timeout(GLANCE),
+                Some(_) => self.guest.recv_timeout(Duration::from_secs(1)),
+            };
+            while let Ok(event) = message {
+                self.heard = Instant::now();
+                match event.map_err(Error::Protocol)? {
+                    Event::Boot {
+                        kernel: release, ..
+                    } => {
+                        kernel = release;
+                        boot = self.started.elapsed();
+                    }
+                    Event::Driver => {}
+                    Event::Alive => {}
+                    Event::Output {
+                        stream,
+                        data: Bytes(data),
+                    } => {
+                        output(stream, &data).at("write to", "standard output")?;
+                    }
+                    Event::Exit {
+                        status: Some(status),
+                        ..
+                    } => end = Some(End::Status(status)),
+                    Event::Exit { signal, .. } => end = Some(End::Signal(signal.unwrap_or(0))),
+                    Event::Error { message } => return Err(Error::Init(message)),
+                }
+                message = self.guest.try_recv().map_err(|_| RecvTimeoutError::Timeout);
+            }
+
+            self.signals.check()?;
+            let log = Path::new("the console's log");
+            let (grown, complaint) = self.console.advance().at("read", log)?;
+            if let Some(complaint) = complaint
+                // A person at the console sees it, and may want to look around.
+                && (terminal.is_none() || qemu_end.is_some())
+            {
+                return Err(Error::Kernel(complaint));
+            }
+            if grown {
+                self.heard = Instant::now();
+            }
+            if let Some(status) = qemu_end {
+                return match end {
+                    _ if !status.success() => Err(Error::QemuDied {
+                        end: describe(status),
+                        log: tail(&fs::read_to_string(qemu_log).unwrap_or_default(), 3),
+                    }),
+                    Some(end) => Ok(Finished {
+                        end,
+                        kernel,
+                        boot,
+                        counters: None,
+                    }),
+                    None => Err(Error::PoweredOff),
+                };
+            }
+            if terminal.is_some_and(terminal::Session::quit) {
+                return Ok(Finished {
+                    end: End::Status(0),
+                    kernel,
+                    boot,
+                    counters: None,
+                });
+            }
+            if let Some(status) = daemon.as_mut().and_then(Guarded::ended)
+                && !self.limits.device_may_die
+            {
+                return Err(Error::DaemonDied(describe(status)));
+            }
+            self.check_time(end.is_some())?;
+        }
+    }
+
+    fn check_time(&self, ended: bool) -> Result<()> {
+        if let Some(total) = self.limits.total
+            && self.started.elapsed() > total
+        {
+            return Err(Error::Timeout(total.as_secs()));
+        }
+        let silence = if ended {
+            POWER_OFF
+        } else {
+            self.limits.silence
+        };
+        if self.heard.elapsed() > silence {
+            return Err(Error::Silent(silence.as_secs()));
+        }
+        Ok(())
+    }
+}
+
+fn read_guest(listener: &UnixListener, forward_input: bool, to_self: &Sender<io::Result<Event>>) {
+    let stream = listener.accept().and_then(|(stream, _)| {
+        let input = stream.try_clone()?;
+        thread::spawn(move || write_input(input, forward_input));
+        Ok(stream)
+    });
+    let mut guest = match stream {
+        Ok(stream) => BufReader::new(stream),
+        Err(error) => {
+            let _ = to_self.send(Err(error));
+            return;
+        }
+    };
+    loop {
+        let event = match receive(&mut guest) {
+            Ok(Some(event)) => Ok(event),
+            // QEMU is gone; how is seen from its exit status.
+            Ok(None) => return,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return,
+            Err(error) => Err(error),
+        };
+        if to_self.send(event).is_err() {
+            return;
+        }
+    }
+}
+
+/// Sends standard input to the guest; the guest's end of the socket going away ends it.
+fn write_input(mut guest: UnixStream, forward: bool) {
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        let count = if forward {
+            io::stdin().lock().read(&mut buffer)
+        } else {
+            Ok(0)
+        };
+        let data = match count {
+            Ok(count) => buffer.get(..count).unwrap_or_default().to_vec(),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => Vec::new(),
+        };
+        let last = data.is_empty();
+        if send(&mut guest, &Input { data: Bytes(data) }).is_err() || last {
+            return;
+        }
+    }
+}
+
+/// Writes the command's output where this process's own goes.
+///
+/// # Errors
+/// The stream cannot be written.
+pub fn pass_on(stream: Stream, data: &[u8]) -> io::Result<()> {
+    match stream {
+        Stream::Stdout => {
+            let mut out = io::stdout().lock();
+            out.write_all(data)?;
+            out.flush()
+        }
+        Stream::Stderr => io::stderr().lock().write_all(data),
+    }
+}
