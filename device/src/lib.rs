@@ -1,2 +1,37 @@
 //! vhost-user device with private memory and a DMA copy engine.
+//!
+//! From the inside out: [`memory`] is the device's memory, [`engine`] copies to
+//! and from it and knows nothing of virtio, [`chain`], [`request`] and [`processor`]
+//! turn descriptor chains into copies, [`backend`] runs a worker for each
+//! queue, [`server`] serves one VM after another, and [`control`] is the control
+//! plane, on which the data plane never waits.
 pub mod abi;
+pub mod backend;
+pub mod chain;
+pub mod control;
+pub mod counters;
+pub mod engine;
+pub mod memory;
+pub mod processor;
+pub mod request;
+pub mod server;
+pub mod session;
+pub mod socket;
+pub mod stop;
+
+use std::{error::Error, fmt};
+
+/// Shows an error followed by its sources, in one line.
+pub struct ErrorChain<'a>(pub &'a dyn Error);
+
+impl fmt::Display for ErrorChain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(error) = source {
+            write!(f, ": {error}")?;
+            source = error.source();
+        }
+        Ok(())
+    }
+}

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-3-Clause */
 /*
-* Wire format of the virtio-hmm device: configuration space, requests and
-* responses. Generated from device/src/abi.rs, do not edit.
-*/
+ * Wire format of the virtio-hmm device: configuration space, requests and
+ * responses. Generated from device/src/abi.rs, do not edit.
+ */
 
 #ifndef _VIRTIO_HMM_ABI_H
 #define _VIRTIO_HMM_ABI_H

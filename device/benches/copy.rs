@@ -1,0 +1,56 @@
+//! Throughput of the copy engine beside that of memcpy. Each copy takes the
+//! next piece of a 64 MiB working set, so that caches do not hold it.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::{hint::black_box, sync::Arc};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use vhost_device_hmm::{engine::Engine, memory::Memory};
+use vm_memory::{VolatileMemory, VolatileSlice};
+
+const WORKING_SET: usize = 64 << 20;
+
+fn copy(c: &mut Criterion) {
+    let engine = Engine::new(Arc::new(Memory::new(WORKING_SET as u64, true).unwrap()));
+    let mut guest = vec![0x5a; WORKING_SET];
+    let (source, mut other) = (guest.clone(), guest.clone());
+    let guest = VolatileSlice::from(&mut guest[..]);
+    // Maps every page, as in a device that has been in use for a while.
+    engine.to_device(0, &guest).unwrap();
+
+    for size in [4 << 10, 64 << 10, 2 << 20] {
+        let mut group = c.benchmark_group("copy");
+        group.throughput(Throughput::Bytes(size as u64));
+        let mut at = 0;
+        let mut next = || {
+            at = (at + size) % WORKING_SET;
+            at
+        };
+        group.bench_function(BenchmarkId::new("memcpy", size), |b| {
+            b.iter(|| {
+                let at = next();
+                black_box(&mut other)[at..at + size].copy_from_slice(&source[at..at + size]);
+            });
+        });
+        group.bench_function(BenchmarkId::new("to_device", size), |b| {
+            b.iter(|| {
+                let at = next();
+                engine
+                    .to_device(at as u64, &guest.get_slice(at, size).unwrap())
+                    .unwrap();
+            });
+        });
+        group.bench_function(BenchmarkId::new("from_device", size), |b| {
+            b.iter(|| {
+                let at = next();
+                engine
+                    .from_device(at as u64, guest.get_slice(at, size).unwrap())
+                    .unwrap();
+            });
+        });
+        group.finish();
+    }
+}
+
+criterion_group!(benches, copy);
+criterion_main!(benches);

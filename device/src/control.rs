@@ -1,0 +1,268 @@
+//! The control plane: the control socket and the signals, on an event loop of
+//! its own thread.
+//!
+//! The control socket is a UNIX stream. Each line is a request, a JSON object
+//! whose member `command` is `counters` or `info`, and gets one line in reply:
+//! a JSON object, which has a member `error` if there is no other answer.
+
+use std::{
+    collections::HashMap,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    process,
+    sync::Arc,
+    thread::{self, JoinHandle},
+};
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use nix::sys::{
+    signal::{SigSet, Signal},
+    signalfd::{SfdFlags, SignalFd},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tracing::{debug, error, info};
+
+use crate::{
+    abi::{VIRTIO_HMM_FRAME_SIZE, VIRTIO_HMM_VERSION},
+    session::{Session, Shared},
+    stop::Stop,
+};
+
+/// Most bytes of a request, and most connections at a time.
+const MAX_LINE: usize = 4096;
+const MAX_CONNECTIONS: usize = 16;
+
+/// Why there is no control plane.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host refuses a resource.
+    #[error("cannot set up the control plane")]
+    Io(#[from] io::Error),
+    /// The event loop cannot be made.
+    #[error("cannot make an event loop")]
+    Loop(#[from] event_manager::Error),
+}
+
+/// The control plane of one server.
+pub struct Control {
+    shared: Arc<Shared>,
+    stop: Arc<Stop>,
+    listener: Option<UnixListener>,
+    signals: Option<SignalFd>,
+    connections: HashMap<RawFd, Connection>,
+}
+
+struct Connection {
+    stream: UnixStream,
+    /// The beginning of a request.
+    line: Vec<u8>,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case")]
+enum Command {
+    Counters,
+    Info,
+}
+
+impl Control {
+    /// A control plane without a control socket.
+    pub fn new(shared: Arc<Shared>, stop: Arc<Stop>) -> Self {
+        Self {
+            shared,
+            stop,
+            listener: None,
+            signals: None,
+            connections: HashMap::new(),
+        }
+    }
+
+    /// Takes commands from those who connect to `listener`.
+    ///
+    /// # Errors
+    /// If the socket cannot be made non-blocking.
+    pub fn listen(&mut self, listener: UnixListener) -> Result<(), Error> {
+        listener.set_nonblocking(true)?;
+        self.listener = Some(listener);
+        Ok(())
+    }
+
+    /// Makes SIGTERM and SIGINT request the stop, in this thread and those that
+    /// it starts later.
+    ///
+    /// # Errors
+    /// If the signals cannot be had.
+    pub fn handle_signals(&mut self) -> Result<(), Error> {
+        let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+        signals.thread_block().map_err(io::Error::from)?;
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        self.signals = Some(SignalFd::with_flags(&signals, flags).map_err(io::Error::from)?);
+        Ok(())
+    }
+
+    /// Starts the thread, which ends once the stop is requested.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start(self) -> Result<JoinHandle<()>, Error> {
+        let mut manager = EventManager::new()?;
+        let stop = Arc::clone(&self.stop);
+        manager.add_subscriber(self);
+        let run = move || {
+            while !stop.requested() {
+                if let Err(e) = manager.run() {
+                    error!("the control plane fails: {e}");
+                    stop.request();
+                }
+            }
+        };
+        Ok(thread::Builder::new().name("control".into()).spawn(run)?)
+    }
+
+    fn accept(&mut self, ops: &mut EventOps) {
+        let Some(listener) = &self.listener else {
+            return;
+        };
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+            Err(e) => {
+                // The event would come again and again.
+                error!("the control socket fails: {e}");
+                remove(ops, listener.as_raw_fd());
+                return;
+            }
+        };
+        if self.connections.len() >= MAX_CONNECTIONS {
+            debug!("too many control connections");
+            return;
+        }
+        if let Err(e) = stream.set_nonblocking(true) {
+            debug!("cannot serve a control connection: {e}");
+            return;
+        }
+        if add(ops, stream.as_raw_fd()) {
+            let connection = Connection {
+                stream,
+                line: Vec::new(),
+            };
+            self.connections
+                .insert(connection.stream.as_raw_fd(), connection);
+        }
+    }
+
+    fn reply(&self, line: &[u8]) -> Vec<u8> {
+        match serde_json::from_slice(line) {
+            Ok(Command::Counters) => to_line(&self.shared.session()),
+            Ok(Command::Info) => {
+                let Session {
+                    memory_size,
+                    copy_queues,
+                    ..
+                } = self.shared.session();
+                to_line(&json!({
+                    "version": env!("CARGO_PKG_VERSION"),
+                    "interface_version": VIRTIO_HMM_VERSION,
+                    "pid": process::id(),
+                    "uuid": self.shared.uuid().to_string(),
+                    "frame_size": VIRTIO_HMM_FRAME_SIZE,
+                    "memory_size": memory_size,
+                    "copy_queues": copy_queues,
+                }))
+            }
+            Err(e) => to_line(&json!({ "error": e.to_string() })),
+        }
+    }
+
+    /// Answers what has arrived on `connection`. Returns whether to keep it.
+    fn serve(&self, connection: &mut Connection) -> io::Result<bool> {
+        let mut bytes = [0; MAX_LINE];
+        let received = match connection.stream.read(&mut bytes) {
+            Ok(0) => return Ok(false),
+            Ok(received) => received,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+            Err(e) => return Err(e),
+        };
+        for part in bytes
+            .get(..received)
+            .unwrap_or_default()
+            .split_inclusive(|b| *b == b'\n')
+        {
+            connection.line.extend_from_slice(part);
+            if part.ends_with(b"\n") {
+                // A peer that does not read its replies is given up.
+                connection.stream.write_all(&self.reply(&connection.line))?;
+                connection.line.clear();
+            } else if connection.line.len() > MAX_LINE {
+                connection
+                    .stream
+                    .write_all(&to_line(&json!({ "error": "request too long" })))?;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl MutEventSubscriber for Control {
+    fn init(&mut self, ops: &mut EventOps) {
+        add(ops, self.stop.as_raw_fd());
+        if let Some(listener) = &self.listener {
+            add(ops, listener.as_raw_fd());
+        }
+        if let Some(signals) = &self.signals {
+            add(ops, signals.as_raw_fd());
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let fd = events.fd();
+        if let Some(mut connection) = self.connections.remove(&fd) {
+            match self.serve(&mut connection) {
+                Ok(true) => {
+                    self.connections.insert(fd, connection);
+                    return;
+                }
+                Ok(false) => {}
+                Err(e) => debug!("a control connection fails: {e}"),
+            }
+            remove(ops, fd);
+        } else if self
+            .signals
+            .as_ref()
+            .is_some_and(|signals| signals.as_raw_fd() == fd)
+        {
+            if let Some(Ok(Some(signal))) = self.signals.as_mut().map(|s| s.read_signal()) {
+                info!("stopping on signal {}", signal.ssi_signo);
+                self.stop.request();
+            }
+        } else if fd != self.stop.as_raw_fd() {
+            self.accept(ops);
+        }
+    }
+}
+
+fn add(ops: &mut EventOps, fd: RawFd) -> bool {
+    let added = ops.add(Events::new_raw(fd, EventSet::IN));
+    if let Err(e) = &added {
+        error!("the control plane cannot watch a descriptor: {e}");
+    }
+    added.is_ok()
+}
+
+fn remove(ops: &mut EventOps, fd: RawFd) {
+    if let Err(e) = ops.remove(Events::empty_raw(fd)) {
+        error!("the control plane cannot forget a descriptor: {e}");
+    }
+}
+
+fn to_line(reply: &impl Serialize) -> Vec<u8> {
+    // Replies are plain structures, which always serialize.
+    let mut line = serde_json::to_vec(reply).unwrap_or_default();
+    line.push(b'\n');
+    line
+}

@@ -1,0 +1,239 @@
+//! Serves one VM after another.
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, RawFd},
+        unix::net::UnixListener,
+    },
+    path::PathBuf,
+    sync::Arc,
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::eventfd::{EfdFlags, EventFd},
+};
+use tracing::{info, warn};
+use vhost::vhost_user::{Error as VhostUserError, Listener};
+use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::{
+    backend::Backend,
+    control::{self, Control},
+    engine::Engine,
+    memory::{self, Memory},
+    session::Shared,
+    socket::{self, SocketFile},
+    stop::Stop,
+};
+
+/// Most copy queues of a device.
+pub const MAX_COPY_QUEUES: u16 = 16;
+
+/// Where VMs connect.
+#[derive(Clone, Debug)]
+pub enum Endpoint {
+    /// A path to listen on.
+    Path(PathBuf),
+    /// A descriptor of a socket that listens already.
+    Fd(RawFd),
+}
+
+/// What to serve, and where.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where VMs connect.
+    pub endpoint: Endpoint,
+    /// Bytes of device memory, a multiple of 2 MiB.
+    pub memory_size: u64,
+    /// Number of copy queues, 1 to [`MAX_COPY_QUEUES`].
+    pub copy_queues: u16,
+    /// Path of the control socket.
+    pub control_socket: Option<PathBuf>,
+    /// Whether to allocate the memory before it is used.
+    pub prefault: bool,
+}
+
+/// Why a server cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no device memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// There is no socket.
+    #[error(transparent)]
+    Socket(#[from] socket::Error),
+    /// The control plane failed.
+    #[error("cannot run the control plane")]
+    Control(#[from] control::Error),
+    /// The number of copy queues is out of range.
+    #[error("{0} copy queues, must be 1 to {MAX_COPY_QUEUES}")]
+    CopyQueues(u16),
+    /// The host refuses a resource.
+    #[error("cannot serve")]
+    Io(#[from] io::Error),
+    /// The device of a VM cannot be set up.
+    #[error("cannot set up a session: {0}")]
+    Session(DaemonError),
+}
+
+/// A device that VMs can connect to, one at a time.
+pub struct Server {
+    listener: UnixListener,
+    engine: Engine,
+    shared: Arc<Shared>,
+    stop: Arc<Stop>,
+    control: Control,
+    _files: Vec<SocketFile>,
+}
+
+impl Server {
+    /// Makes the memory and the sockets.
+    ///
+    /// # Errors
+    /// If one of them cannot be had.
+    pub fn new(config: &Config) -> Result<Self, Error> {
+        let mut files = Vec::new();
+        // First, so that an inherited descriptor is not one of our own.
+        let listener = match &config.endpoint {
+            Endpoint::Fd(fd) => socket::inherit(*fd)?,
+            Endpoint::Path(path) => {
+                let (listener, file) = socket::listen(path)?;
+                files.push(file);
+                listener
+            }
+        };
+        if !(1..=MAX_COPY_QUEUES).contains(&config.copy_queues) {
+            return Err(Error::CopyQueues(config.copy_queues));
+        }
+        let memory = Memory::new(config.memory_size, config.prefault)?;
+        let shared = Arc::new(Shared::new(config.memory_size, config.copy_queues));
+        let stop = Arc::new(Stop::new()?);
+        let mut control = Control::new(Arc::clone(&shared), Arc::clone(&stop));
+        if let Some(path) = &config.control_socket {
+            let (listener, file) = socket::listen(path)?;
+            files.push(file);
+            control.listen(listener)?;
+        }
+        let engine = Engine::new(Arc::new(memory));
+        Ok(Self {
+            listener,
+            engine,
+            shared,
+            stop,
+            control,
+            _files: files,
+        })
+    }
+
+    /// Makes SIGTERM and SIGINT end the server cleanly. To be called before the
+    /// process starts other threads, which would take the signals.
+    ///
+    /// # Errors
+    /// If the signals cannot be had.
+    pub fn handle_signals(&mut self) -> Result<(), Error> {
+        Ok(self.control.handle_signals()?)
+    }
+
+    /// The means to end the server.
+    pub fn stop(&self) -> Arc<Stop> {
+        Arc::clone(&self.stop)
+    }
+
+    /// Serves until stopped, and removes the sockets.
+    ///
+    /// # Errors
+    /// If the device can no longer be offered. The failure of a VM is none.
+    pub fn run(self) -> Result<(), Error> {
+        let control = self.control.start()?;
+        let served = serve(&self.listener, &self.engine, &self.shared, &self.stop);
+        self.stop.request();
+        if control.join().is_err() {
+            warn!("the control plane failed");
+        }
+        served
+    }
+}
+
+fn serve(
+    listener: &UnixListener,
+    engine: &Engine,
+    shared: &Shared,
+    stop: &Arc<Stop>,
+) -> Result<(), Error> {
+    let mut accept = Listener::from(listener.try_clone()?);
+    while connection_comes(listener, stop)? {
+        run_session(&mut accept, engine, shared, stop)?;
+        // Before the next VM can see it.
+        engine.memory().clear(0, engine.memory().size())?;
+        shared.end();
+    }
+    Ok(())
+}
+
+/// Waits for a connection. False if the server is to stop instead.
+fn connection_comes(listener: &UnixListener, stop: &Stop) -> io::Result<bool> {
+    loop {
+        let mut fds = [
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) if stop.requested() => return Ok(false),
+            Ok(_) => return Ok(true),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Serves the VM that connects next until it disconnects.
+fn run_session(
+    listener: &mut Listener,
+    engine: &Engine,
+    shared: &Shared,
+    stop: &Arc<Stop>,
+) -> Result<(), Error> {
+    let session = shared.begin();
+    info!("session {} begins", session.number);
+    let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let backend = Arc::new(Backend::new(
+        shared.config(&session),
+        mem.clone(),
+        engine,
+        &session.counters,
+        Arc::clone(stop),
+    ));
+    // The library never closes the event that it offers for ending workers.
+    let ended = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        .map_err(io::Error::from)?;
+    let token = backend.stop_token();
+    let mut daemon =
+        VhostUserDaemon::new("vhost-user".into(), backend, mem).map_err(Error::Session)?;
+    for worker in daemon.get_epoll_handlers() {
+        if let Err(e) = worker.register_listener(ended.as_raw_fd(), EventSet::IN, token) {
+            // To drop the daemon would wait for this worker.
+            std::mem::forget(daemon);
+            return Err(e.into());
+        }
+    }
+    let result = daemon.start(listener).and_then(|()| {
+        stop.set_connection(daemon.shutdown_handle());
+        daemon.wait()
+    });
+    stop.set_connection(None);
+    // Dropping the daemon joins the workers.
+    ended.write(1).map_err(io::Error::from)?;
+    drop(daemon);
+    match result {
+        Ok(())
+        | Err(DaemonError::HandleRequest(
+            VhostUserError::Disconnected | VhostUserError::PartialMessage,
+        )) => info!("session {} ends", session.number),
+        Err(e) => warn!("session {} ends: {e}", session.number),
+    }
+    Ok(())
+}
