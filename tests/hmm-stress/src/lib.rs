@@ -1,1 +1,27 @@
-//! Placeholder.
+//! Stress scenarios and contract tests of virtio-hmm, run in the guest.
+//!
+//! Every page carries a [`pattern`] that is checked on every read. A
+//! [`scenario`] goes on for a given time; a [`contract`] test shows one clause
+//! of the `migrate_vma` contract. After each, [`case`] checks that no device
+//! memory was lost, that the driver's counters are the device's, and that the
+//! kernel did not complain. [`report`] has the lines that the program prints.
+
+#![allow(
+    clippy::indexing_slicing,
+    reason = "a test program that may only end early when its own indices are wrong"
+)]
+
+pub mod amount;
+pub mod case;
+pub mod context;
+pub mod contract;
+pub mod failure;
+pub mod hold;
+pub mod kernel_log;
+pub mod pattern;
+pub mod process;
+pub mod region;
+pub mod report;
+pub mod scenario;
+pub mod shared;
+pub mod watchdog;
