@@ -128,13 +128,13 @@ pub fn copy_module_sources(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-fn module_sources() -> PathBuf {
+pub(crate) fn module_sources() -> PathBuf {
     paths::checkout().join("guest-driver")
 }
 
 /// The module's own files, relative to its directory. Other files there (the
 /// Rust client, what an editor leaves) do not make it new.
-fn source_files(root: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn source_files(root: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     let mut directories = vec![PathBuf::new()];
     while let Some(directory) = directories.pop() {

@@ -73,6 +73,8 @@ pub enum Error {
     Init(String),
     #[error("the guest sent a line that is no message")]
     Protocol(#[source] io::Error),
+    #[error("the stress program ended early: {0}")]
+    Stress(String),
     #[error("the device daemon's control socket answered: {0}")]
     Control(String),
     #[error("ended by signal {0}")]

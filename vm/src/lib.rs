@@ -5,6 +5,8 @@ pub mod accelerator;
 pub mod build;
 pub mod console;
 pub mod daemon;
+pub mod demo;
+pub mod doctor;
 pub mod error;
 pub mod initramfs;
 pub mod machine;
@@ -15,6 +17,7 @@ pub mod profile;
 pub mod report;
 pub mod run;
 mod terminal;
+pub mod testing;
 pub mod toolbox;
 pub mod units;
 

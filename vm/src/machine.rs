@@ -139,11 +139,11 @@ impl Machine<'_> {
                 .arg("-chardev")
                 .arg(joined(["socket,id=hmm,path=", &escaped(socket)]))
                 // Only behind a port of its own can the device be unplugged.
-                .args(["-device", "pcie-root-port,id=port,chassis=1"])
+                .args(["-device", "pcie-root-port,id=hmm-port,chassis=1"])
                 .args([
                     "-device",
                     &format!(
-                        "vhost-user-test-device-pci,bus=port,chardev=hmm,virtio-id={VIRTIO_ID},\
+                        "vhost-user-test-device-pci,bus=hmm-port,chardev=hmm,virtio-id={VIRTIO_ID},\
                          num_vqs={},vq_size={},config_size={CONFIG_SIZE}",
                         FIRST_COPY_QUEUE + profile.device.copy_queues,
                         profile.device.queue_size

@@ -5,10 +5,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use hmm_vm::demo::{self, Demo};
 use hmm_vm::error::with_sources;
+use hmm_vm::paths::Cache;
 use hmm_vm::prepare::{Job, MachineOptions, Prepared, dry_run, log_tail};
 use hmm_vm::run::pass_on;
-use hmm_vm::{Error, Result};
+use hmm_vm::toolbox::{MIRROR_VARIABLE, remove_all};
+use hmm_vm::{Error, Result, doctor, testing};
 
 #[derive(Parser)]
 #[command(
@@ -40,6 +43,34 @@ enum Command {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Stress the device for a moment and compare what guest and host counted
+    #[command(
+        after_help = "Exit status: 0 only if no page was wrong, the counters reconcile and \
+        the guest's log is clean; 1 if not, 123 to 125 as for run."
+    )]
+    Demo {
+        #[command(flatten)]
+        machine: MachineOptions,
+        /// Repeat the stress of an earlier run
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Print one JSON object on standard output
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run every test of the project
+    Test {
+        #[command(flatten)]
+        machine: MachineOptions,
+    },
+    /// Say what is there, what is missing and what would be done
+    Doctor {
+        /// Debian mirror for the toolbox
+        #[arg(long, value_name = "URL", env = MIRROR_VARIABLE)]
+        mirror: Option<String>,
+    },
+    /// Remove everything this tool has made outside the checkout
+    Clean,
     /// A shell in the guest, with the driver loaded
     #[command(
         after_help = "On a terminal the shell has the guest's console; Ctrl-A x ends the \
@@ -93,6 +124,20 @@ fn execute(command: Command) -> Result<u8> {
                 forward_input: !stdin().is_terminal(),
             },
         ),
+        Command::Demo {
+            machine,
+            seed,
+            json,
+        } => {
+            if machine.dry_run {
+                print!("{}", dry_run(&machine, false)?);
+                return Ok(0);
+            }
+            show(&demo::run(&machine, seed)?, json)
+        }
+        Command::Test { machine } => Ok(u8::from(testing::run_all(&machine)?.failed > 0)),
+        Command::Doctor { mirror } => Ok(u8::from(!doctor::run(mirror.as_deref())?)),
+        Command::Clean => clean().map(|()| 0),
         Command::Boot { machine, with } => {
             let interactive = stdin().is_terminal() && stdout().is_terminal();
             let mut command = vec!["sh".to_owned()];
@@ -109,6 +154,31 @@ fn execute(command: Command) -> Result<u8> {
             )
         }
     }
+}
+
+fn show(demo: &Demo, json: bool) -> Result<u8> {
+    if json {
+        let text = serde_json::to_string(demo).map_err(std::io::Error::from);
+        println!("{}", text.map_err(Error::Protocol)?);
+    } else {
+        print!("{}", demo.table());
+    }
+    Ok(u8::from(!demo.passed()))
+}
+
+/// Removes what the tool puts into its cache, and the cache if nothing else is in it.
+fn clean() -> Result<()> {
+    let cache = Cache::locate()?;
+    for path in cache.entries() {
+        remove_all(&path)?;
+    }
+    // It may hold files of the user's, and then stays.
+    let _ = std::fs::remove_dir(cache.root());
+    eprintln!(
+        "virtio-hmm: {} is clean; `cargo clean` removes what cargo built",
+        cache.root().display()
+    );
+    Ok(())
 }
 
 fn run(machine: &MachineOptions, job: &Job) -> Result<u8> {

@@ -73,6 +73,12 @@ impl Cache {
         self.root.join("logs")
     }
 
+    /// The kernel's own style checker.
+    #[must_use]
+    pub fn checkpatch(&self) -> PathBuf {
+        self.root.join("checkpatch")
+    }
+
     /// Whether KVM works here.
     #[must_use]
     pub fn accelerator(&self) -> PathBuf {
@@ -85,12 +91,13 @@ impl Cache {
 
     /// Everything this tool may have put into the cache.
     #[must_use]
-    pub fn entries(&self) -> [PathBuf; 6] {
+    pub fn entries(&self) -> [PathBuf; 7] {
         [
             self.toolboxes(),
             self.apt(),
             self.modules(),
             self.logs(),
+            self.checkpatch(),
             self.accelerator(),
             self.lock_file(),
         ]

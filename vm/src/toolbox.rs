@@ -35,6 +35,7 @@ pub const MIRROR_VARIABLE: &str = "VIRTIO_HMM_MIRROR";
 struct Recipe {
     suites: Vec<String>,
     packages: Vec<String>,
+    directories: Vec<String>,
     links: BTreeMap<String, String>,
     source: Source,
 }
@@ -99,6 +100,10 @@ impl Toolbox {
         remove_all(&partial)?;
         fs::create_dir_all(&partial).at("create", &partial)?;
         unpack(&apt.packages()?, &partial, report)?;
+        for directory in &recipe.directories {
+            let directory = partial.join(directory);
+            fs::create_dir_all(&directory).at("create", &directory)?;
+        }
         for (link, target) in &recipe.links {
             let link = partial.join(link);
             if fs::symlink_metadata(&link).is_err() {
@@ -230,7 +235,10 @@ fn recipe() -> Result<Recipe> {
 }
 
 /// Removes a file or directory if it is there.
-pub(crate) fn remove_all(path: &Path) -> Result<()> {
+///
+/// # Errors
+/// It cannot be removed.
+pub fn remove_all(path: &Path) -> Result<()> {
     let removed = if path.is_dir() {
         fs::remove_dir_all(path)
     } else {

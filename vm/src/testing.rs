@@ -1,0 +1,335 @@
+//! `cargo vm test`: every test of the project, and one line at the end.
+
+use std::env;
+use std::fmt;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use rustix::process::Signal;
+
+use crate::build::{cargo, copy_module_sources, make_command, module_sources, source_files};
+use crate::error::{Error, FileContext, Result, with_sources};
+use crate::paths::Cache;
+use crate::prepare::{MachineOptions, Prepared};
+use crate::process::{capture, die_with_parent, run};
+use crate::report::Report;
+use crate::toolbox::{Toolbox, run_inside};
+
+/// Package of the tests that boot VMs.
+const VM_TESTS: &str = "hmm-e2e";
+/// Variable that tells these tests where this tool is.
+pub const TOOL_VARIABLE: &str = "VIRTIO_HMM_TOOL";
+
+/// How many tests ended how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Passed.
+    pub passed: u64,
+    /// Failed, which a test binary that cannot be built or ends early also counts as.
+    pub failed: u64,
+    /// Could not run; each says why.
+    pub skipped: u64,
+}
+
+impl Tally {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+
+    /// Reads the line with which a test binary ends.
+    fn of_line(line: &str) -> Option<Self> {
+        let counts = line.strip_prefix("test result: ")?.split_once(". ")?.1;
+        let count = |name: &str| {
+            counts
+                .split("; ")
+                .find_map(|part| part.strip_suffix(name)?.trim_end().parse::<u64>().ok())
+        };
+        Some(Self {
+            passed: count("passed")?,
+            failed: count("failed")?,
+            skipped: count("ignored")?,
+        })
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} passed, {} failed, {} skipped",
+            self.passed, self.failed, self.skipped
+        )
+    }
+}
+
+enum Verdict {
+    Passed,
+    Failed(String),
+    Skipped(String),
+}
+
+/// Runs everything; the last line on standard output is the tally.
+///
+/// # Errors
+/// What the VM tests need cannot be made.
+pub fn run_all(options: &MachineOptions) -> Result<Tally> {
+    let mut tally = Tally::default();
+    for check in [
+        Check::cargo("rustfmt", &["fmt", "--all", "--check"]),
+        Check::cargo(
+            "clippy",
+            &[
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ],
+        ),
+        Check::cargo(
+            "documentation",
+            &["doc", "--quiet", "--workspace", "--no-deps"],
+        ),
+    ] {
+        tally.add(check.run());
+    }
+
+    let mut tests = cargo();
+    tests.args([
+        "test",
+        "--quiet",
+        "--no-fail-fast",
+        "--workspace",
+        "--exclude",
+        VM_TESTS,
+    ]);
+    tally.add(cargo_test(&mut tests)?);
+
+    // Made here, so that its progress shows and its failure has one cause.
+    let prepared = Prepared::new(options)?;
+    let cache = Cache::locate()?;
+    for check in [
+        ModuleCheck::Warnings,
+        ModuleCheck::Sparse,
+        ModuleCheck::Checkpatch,
+    ] {
+        let verdict = check.run(prepared.toolbox(), &cache, options.mirror.as_deref());
+        tally.add(tell(check.name(), Instant::now(), verdict));
+    }
+
+    let mut tests = cargo();
+    tests.args([
+        "test",
+        "--quiet",
+        "--package",
+        VM_TESTS,
+        "--",
+        "--include-ignored",
+    ]);
+    let tool = env::current_exe().at("find", "this program")?;
+    tests.env(TOOL_VARIABLE, tool);
+    tally.add(cargo_test(&mut tests)?);
+
+    println!("{tally}");
+    Ok(tally)
+}
+
+struct Check {
+    name: &'static str,
+    command: Command,
+}
+
+impl Check {
+    fn cargo(name: &'static str, arguments: &[&str]) -> Self {
+        let mut command = cargo();
+        command.args(arguments).env("RUSTDOCFLAGS", "-D warnings");
+        Self { name, command }
+    }
+
+    fn run(mut self) -> Tally {
+        let started = Instant::now();
+        let mut version = cargo();
+        version
+            .args(self.command.get_args().next())
+            .arg("--version");
+        let verdict = if run(&mut version).is_ok_and(|output| output.status.success()) {
+            match capture(&mut self.command) {
+                Ok(_) => Verdict::Passed,
+                Err(error) => Verdict::Failed(with_sources(&error)),
+            }
+        } else {
+            Verdict::Skipped("this toolchain has no such component".into())
+        };
+        tell(self.name, started, verdict)
+    }
+}
+
+fn tell(name: &str, started: Instant, verdict: Verdict) -> Tally {
+    let seconds = started.elapsed().as_secs_f64();
+    let (word, reason) = match &verdict {
+        Verdict::Passed => ("ok", ""),
+        Verdict::Failed(reason) => ("FAILED", reason.as_str()),
+        Verdict::Skipped(reason) => ("ignored", reason.as_str()),
+    };
+    let separator = if reason.is_empty() { "" } else { ": " };
+    println!("check {name} ... {word} ({seconds:.1} s){separator}{reason}");
+    match verdict {
+        Verdict::Passed => Tally {
+            passed: 1,
+            ..Tally::default()
+        },
+        Verdict::Failed(_) => Tally {
+            failed: 1,
+            ..Tally::default()
+        },
+        Verdict::Skipped(_) => Tally {
+            skipped: 1,
+            ..Tally::default()
+        },
+    }
+}
+
+/// Runs cargo test, shows its output as it comes and adds up its results.
+fn cargo_test(command: &mut Command) -> Result<Tally> {
+    let started = |source| Error::Start {
+        program: "cargo".into(),
+        source,
+    };
+    let mut child = die_with_parent(command, Signal::TERM)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(started)?;
+    let mut tally = Tally::default();
+    for line in child
+        .stdout
+        .take()
+        .map(BufReader::new)
+        .into_iter()
+        .flat_map(BufRead::lines)
+    {
+        let line = line.at("read from", "cargo test")?;
+        println!("{line}");
+        tally.add(Tally::of_line(&line).unwrap_or_default());
+    }
+    let status = child.wait().map_err(started)?;
+    if !status.success() && tally.failed == 0 {
+        tally.failed = 1;
+    }
+    Ok(tally)
+}
+
+#[derive(Clone, Copy)]
+enum ModuleCheck {
+    Warnings,
+    Sparse,
+    Checkpatch,
+}
+
+impl ModuleCheck {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Warnings => "kernel module, make W=1",
+            Self::Sparse => "kernel module, sparse",
+            Self::Checkpatch => "kernel module, checkpatch",
+        }
+    }
+
+    fn run(self, toolbox: &Toolbox, cache: &Cache, mirror: Option<&str>) -> Verdict {
+        match self.findings(toolbox, cache, mirror) {
+            Ok(text) if text.is_empty() => Verdict::Passed,
+            Ok(text) => Verdict::Failed(text),
+            Err(error) => Verdict::Failed(with_sources(&error)),
+        }
+    }
+
+    fn findings(self, toolbox: &Toolbox, cache: &Cache, mirror: Option<&str>) -> Result<String> {
+        let directory = tempfile::tempdir_in(cache.modules()).at("write", cache.modules())?;
+        let directory = directory.path();
+        copy_module_sources(directory)?;
+        let inside = |script: &str| run_inside(&mut toolbox.enter(directory, script));
+        let complaints = |text: String| -> String {
+            let own = |line: &&str| line.contains("warning") || line.contains("error");
+            text.lines().filter(own).collect::<Vec<_>>().join("\n")
+        };
+        match self {
+            Self::Warnings => Ok(complaints(inside(
+                &(make_command(toolbox, "W=1")? + " 2>&1"),
+            )?)),
+            Self::Sparse => Ok(complaints(inside(
+                &(make_command(toolbox, "C=2")? + " 2>&1"),
+            )?)),
+            Self::Checkpatch => {
+                let scripts = cache.checkpatch();
+                toolbox.fetch_checkpatch(cache, mirror, &scripts, Report)?;
+                for entry in std::fs::read_dir(&scripts).at("read", &scripts)?.flatten() {
+                    let to = directory.join(entry.file_name());
+                    std::fs::copy(entry.path(), &to).at("write", &to)?;
+                }
+                let files: Vec<PathBuf> = source_files(&module_sources())?;
+                let files: Vec<_> = files.iter().map(|path| path.to_string_lossy()).collect();
+                inside(&format!(
+                    "perl checkpatch.pl --no-tree --no-summary --quiet --terse --file {} 2>&1",
+                    files.join(" ")
+                ))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_of_test_binaries_are_read() {
+        let line = "test result: ok. 12 passed; 0 failed; 3 ignored; 0 measured; 1 filtered out; \
+                    finished in 0.00s";
+        assert_eq!(
+            Tally::of_line(line),
+            Some(Tally {
+                passed: 12,
+                failed: 0,
+                skipped: 3
+            })
+        );
+        let line = "test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out";
+        assert_eq!(
+            Tally::of_line(line),
+            Some(Tally {
+                passed: 1,
+                failed: 2,
+                skipped: 0
+            })
+        );
+        assert_eq!(Tally::of_line("test foo ... ok"), None);
+    }
+
+    #[test]
+    fn the_tally_is_one_fixed_form() {
+        let tally = Tally {
+            passed: 3,
+            failed: 1,
+            skipped: 2,
+        };
+        assert_eq!(tally.to_string(), "3 passed, 1 failed, 2 skipped");
+    }
+
+    #[test]
+    fn tests_that_do_not_build_count_as_a_failure() {
+        let mut command = Command::new("false");
+        assert_eq!(
+            cargo_test(&mut command).unwrap(),
+            Tally {
+                failed: 1,
+                ..Tally::default()
+            }
+        );
+    }
+}
