@@ -26,6 +26,9 @@ const FREE_DEADLINE: Duration = Duration::from_secs(10);
 /// How often a migration is asked for again while pages are busy.
 const SETTLE_ATTEMPTS: u32 = 50;
 
+/// Nanoseconds of the longest CPU fault that is told from longer ones.
+const LONGEST_FAULT: u64 = 60_000_000_000;
+
 /// Pages that [`Context::soil`] writes at a time.
 const SOIL_PIECE: usize = 4096;
 
@@ -42,8 +45,8 @@ pub struct Measurements {
 impl Default for Measurements {
     fn default() -> Self {
         Self {
-            // Three significant digits, as the histogram accepts: 0 to 5.
-            faults: Histogram::new(3).unwrap_or_else(|_| unreachable!()),
+            // Both are in the range that the histogram accepts.
+            faults: Histogram::new_with_max(LONGEST_FAULT, 3).unwrap_or_else(|_| unreachable!()),
             to_device: Transfer::default(),
             to_system: Transfer::default(),
         }
@@ -350,4 +353,23 @@ fn adds_up(outcome: &Outcome) -> Result<(), Failure> {
         "an outcome does not add up: {outcome:?}"
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latencies_keep_three_digits() {
+        let mut measurements = Measurements::default();
+        for us in 1..=1000 {
+            measurements.fault(Duration::from_micros(us));
+        }
+        measurements.fault(Duration::from_secs(3600));
+        let latency = measurements.latency();
+        assert_eq!(latency.count, 1001);
+        assert!((500_000..502_000).contains(&latency.p50), "{latency:?}");
+        assert!((990_000..993_000).contains(&latency.p99), "{latency:?}");
+        assert!(latency.max >= LONGEST_FAULT, "{latency:?}");
+    }
 }

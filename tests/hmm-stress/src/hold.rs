@@ -8,7 +8,6 @@ use io_uring::{IoUring, opcode, types};
 use virtio_hmm_client::PAGE_SIZE;
 
 use crate::failure::Failure;
-use crate::pattern::WORDS;
 use crate::process::pipe;
 use crate::region::Region;
 
@@ -97,9 +96,7 @@ impl<'a> PinnedPage<'a> {
         };
         let (read, mut write) = pipe()?;
         let pattern = self.region.pattern(self.page, generation);
-        let bytes: Vec<u8> = (0..WORDS)
-            .flat_map(|index| pattern.word(index).to_le_bytes())
-            .collect();
+        let bytes: Vec<u8> = pattern.words().flat_map(u64::to_le_bytes).collect();
         write.write_all(&bytes).map_err(io)?;
         let target = self.region.words(self.page).as_ptr().cast_mut().cast();
         // PAGE_SIZE fits into 32 bits.

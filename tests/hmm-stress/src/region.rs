@@ -118,8 +118,8 @@ impl Region {
     /// Write `generation` to every byte of `page`.
     pub fn fill(&self, page: usize, generation: u64) {
         let pattern = self.pattern(page, generation);
-        for (index, word) in self.words(page).iter().enumerate() {
-            word.store(pattern.word(index), Ordering::Relaxed);
+        for (word, value) in self.words(page).iter().zip(pattern.words()) {
+            word.store(value, Ordering::Relaxed);
         }
     }
 
@@ -141,9 +141,9 @@ impl Region {
     /// The first byte that differs.
     pub fn check(&self, page: usize, generation: u64) -> Result<(), Mismatch> {
         let pattern = self.pattern(page, generation);
-        for (index, word) in self.words(page).iter().enumerate() {
+        for (index, (word, expected)) in self.words(page).iter().zip(pattern.words()).enumerate() {
             let seen = word.load(Ordering::Relaxed);
-            if let Some((offset, expected, seen)) = first_difference(pattern.word(index), seen) {
+            if let Some((offset, expected, seen)) = first_difference(expected, seen) {
                 return Err(Mismatch {
                     region: self.seed,
                     page: (self.first + page) as u64,

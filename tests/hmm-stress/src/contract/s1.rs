@@ -67,10 +67,7 @@ pub(super) fn referenced(context: &Context) -> Result<(), Failure> {
         let words = hold.release()?;
         let pattern = region.pattern(page, 2);
         require!(
-            words
-                .iter()
-                .enumerate()
-                .all(|(i, &word)| word == pattern.word(i)),
+            words.into_iter().eq(pattern.words()),
             "page {page} was replaced under the pipe that holds it"
         );
     }

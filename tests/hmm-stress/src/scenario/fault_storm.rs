@@ -29,7 +29,7 @@ enum Order {
 }
 
 /// Most pages of a round; more would only repeat.
-const MOST_PAGES: usize = 2048;
+const MOST_PAGES: usize = 1024;
 
 pub(super) fn run(context: &Context) -> Result<(), Failure> {
     let region = context.region(context.pages.min(MOST_PAGES), 0)?;

@@ -15,11 +15,14 @@ use crate::pattern::WORDS;
 use crate::region::Region;
 use crate::require;
 
+/// Most pages of the region; with more, none would move often.
+const MOST_PAGES: usize = 2048;
+
 /// Every page whose number is a multiple of this is one of counters.
 const COUNTER_STRIDE: usize = 16;
 
 pub(super) fn run(context: &Context) -> Result<(), Failure> {
-    let region = context.region(context.pages, 0)?;
+    let region = context.region(context.pages.min(MOST_PAGES), 0)?;
     let stop = AtomicBool::new(false);
     let increments = thread::scope(|scope| {
         let workers: Vec<_> = (0..context.threads)
