@@ -3,7 +3,6 @@
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
-use std::ffi::OsString;
 use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -59,26 +58,44 @@ impl Programs {
         })
     }
 
-    /// Builds them; cargo shows its progress.
+    /// Builds the daemon and the guest's programs; what the compiler says goes to standard error.
     ///
     /// # Errors
     /// The build fails.
     pub fn build(&self) -> Result<()> {
-        let mut command = cargo();
-        command.args(["build", "--quiet", "--target", TARGET, "--profile", PROFILE]);
-        if !self.path(DAEMON).exists() {
+        if !self.daemon().exists() {
             Report.line("building the device daemon and the guest's programs");
         }
-        for package in [DAEMON, INIT]
+        let guest = initramfs::programs()?;
+        let packages: Vec<&str> = [DAEMON, INIT]
             .into_iter()
-            .chain(initramfs::programs()?.iter().map(AsRef::as_ref))
-        {
+            .chain(guest.iter().map(String::as_str))
+            .collect();
+        self.build_packages(&packages)
+    }
+
+    /// Builds packages of this workspace for the guest.
+    ///
+    /// # Errors
+    /// The build fails.
+    pub fn build_packages(&self, packages: &[&str]) -> Result<()> {
+        let mut command = cargo();
+        command.args([
+            "build",
+            "--quiet",
+            "--bins",
+            "--target",
+            TARGET,
+            "--profile",
+            PROFILE,
+        ]);
+        for package in packages {
             command.args(["--package", package]);
         }
         // Static, so that they run in a guest that has no library. One set of
         // flags for all of them, so that they share their dependencies.
         let mut flags = env::var_os("RUSTFLAGS").unwrap_or_default();
-        flags.push(OsString::from(" -C target-feature=+crt-static"));
+        flags.push(" -C target-feature=+crt-static");
         command
             .env("RUSTFLAGS", flags)
             .env_remove("CARGO_ENCODED_RUSTFLAGS");
@@ -90,13 +107,10 @@ impl Programs {
                 source,
             })?;
         if status.success() {
-            return Ok(());
+            Ok(())
+        } else {
+            Err(Error::Build(status))
         }
-        Err(Error::Command {
-            program: "cargo build".into(),
-            status,
-            output: "its messages are above".into(),
-        })
     }
 
     /// Path of a program.

@@ -214,24 +214,8 @@ impl Lines {
 
 impl Demo {
     fn new(summary: &Summary, host: &Counters) -> Self {
-        let driver = |name: &str| {
-            summary
-                .driver
-                .get(name)
-                .and_then(|&value| u64::try_from(value).ok())
-                .unwrap_or(0)
-        };
-        let sides = |name: &str, operation: Operation| Sides {
-            guest: Amounts {
-                requests: driver(&format!("{name}_requests")),
-                frames: driver(&format!("{name}_frames")),
-                bytes: driver(&format!("{name}_bytes")),
-            },
-            host: operation.into(),
-        };
-        let to_device = sides("to_device", host.to_device);
-        let from_device = sides("from_device", host.from_device);
-        let fill = sides("fill", host.fill);
+        let driver = |name: &str| driver_counter(summary, name);
+        let [to_device, from_device, fill] = sides(summary, host);
         let counters = BTreeMap::from([
             ("to_device", to_device),
             ("from_device", from_device),
@@ -364,6 +348,35 @@ impl Demo {
     }
 }
 
+/// What driver and daemon counted of copies to the device, back, and fills.
+#[must_use]
+pub fn sides(summary: &Summary, host: &Counters) -> [Sides; 3] {
+    [
+        ("to_device", host.to_device),
+        ("from_device", host.from_device),
+        ("fill", host.fill),
+    ]
+    .map(|(name, operation)| {
+        let driver = |what: &str| driver_counter(summary, &format!("{name}_{what}"));
+        Sides {
+            guest: Amounts {
+                requests: driver("requests"),
+                frames: driver("frames"),
+                bytes: driver("bytes"),
+            },
+            host: operation.into(),
+        }
+    })
+}
+
+fn driver_counter(summary: &Summary, name: &str) -> u64 {
+    summary
+        .driver
+        .get(name)
+        .and_then(|&value| u64::try_from(value).ok())
+        .unwrap_or(0)
+}
+
 fn rate(bytes: u64, ns: u64) -> u64 {
     let per_second = u128::from(bytes) * Duration::from_secs(1).as_nanos();
     per_second
@@ -385,7 +398,7 @@ fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (at, digit) in digits.char_indices() {
-        if at > 0 && (digits.len() - at) % 3 == 0 {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);

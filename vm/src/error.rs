@@ -34,6 +34,8 @@ pub enum Error {
         status: ExitStatus,
         output: String,
     },
+    #[error("cargo build failed ({0}); its messages are above")]
+    Build(ExitStatus),
     #[error("{0}")]
     Config(String),
     #[error("this needs Debian's {0}, which this machine does not have; see `cargo vm doctor`")]

@@ -12,7 +12,7 @@ use hmm_init::{Driver, Order};
 use crate::accelerator::{Accelerator, Choice, kvm_failure};
 use crate::build::{self, Programs};
 use crate::daemon::Sockets;
-use crate::error::{Error, FileContext, Result};
+use crate::error::{EXIT_TIMEOUT, Error, FileContext, Result};
 use crate::initramfs::{self, MODULE_PATH};
 use crate::machine::Machine;
 use crate::paths::Cache;
@@ -24,12 +24,14 @@ use crate::terminal;
 use crate::toolbox::{MIRROR_VARIABLE, Toolbox, remove_all};
 use crate::units::{Size, parse_duration};
 
+/// Variable that sets what the machine runs on, as `--accel` does.
+pub const ACCELERATOR_VARIABLE: &str = "VIRTIO_HMM_ACCEL";
 /// Device node that the driver makes for the machine's one device.
 const DEVICE_NODE: &str = "/dev/hmm0";
 /// Runs whose logs are kept.
 const KEPT_LOGS: usize = 50;
 /// The probe guest does nothing but boot.
-const PROBE: Duration = Duration::from_secs(20);
+const PROBE: Duration = Duration::from_secs(10);
 
 /// What the user can say about the machine.
 #[derive(Args, Clone, Debug)]
@@ -38,7 +40,7 @@ pub struct MachineOptions {
     #[arg(long, default_value = "default", value_name = "NAME")]
     pub profile: String,
     /// What the machine runs on
-    #[arg(long, value_enum, default_value_t = Choice::Auto)]
+    #[arg(long, value_enum, default_value_t = Choice::Auto, env = ACCELERATOR_VARIABLE)]
     pub accel: Choice,
     /// Virtual CPUs
     #[arg(long, value_name = "N")]
@@ -195,14 +197,19 @@ impl Prepared {
             silence: PROBE,
             device_may_die: false,
         };
+        let mut quiet = |_, _: &[u8]| Ok(());
         self.start(
             Accelerator::Kvm,
             &job,
             DeviceAt::Nowhere,
             limits,
-            &mut |_, _| Ok(()),
+            &mut quiet,
         )
         .map(drop)
+        .map_err(|error| match error.exit_status() {
+            EXIT_TIMEOUT => Error::Config(format!("it did not boot within {} s", PROBE.as_secs())),
+            _ => error,
+        })
     }
 
     /// Boots a machine, runs the job in it and hands on its output.

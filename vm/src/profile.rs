@@ -107,7 +107,7 @@ impl Profile {
                 self.memory
             ));
         }
-        if self.memory.0 % Size::MIB != 0 {
+        if !self.memory.0.is_multiple_of(Size::MIB) {
             return fail(format!(
                 "guest memory of {} is no whole number of MiB",
                 self.memory

@@ -26,6 +26,8 @@ use crate::terminal;
 const POWER_OFF: Duration = Duration::from_secs(30);
 /// How often the console, the children and the signals are looked at.
 const GLANCE: Duration = Duration::from_millis(20);
+/// How long the kernel may go on after its first complaint, so that the log holds the rest of it.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Where the device of a run is.
 #[derive(Clone, Debug)]
@@ -184,9 +186,7 @@ impl Run<'_> {
         let (to_self, guest) = mpsc::channel();
         let forward_input = self.forward_input;
         thread::spawn(move || read_guest(&listener, forward_input, &to_self));
-        let terminal = terminal
-            .map(|listener| terminal::Session::start(listener))
-            .transpose()?;
+        let terminal = terminal.map(terminal::Session::start).transpose()?;
 
         let mut watch = Watch {
             limits: self.limits,
@@ -257,6 +257,7 @@ impl Watch {
         let mut kernel = String::new();
         let mut boot = Duration::ZERO;
         let mut end = None;
+        let mut complained = None;
         loop {
             // The guest's last words come before QEMU's end.
             let qemu_end = qemu.ended();
@@ -273,8 +274,7 @@ impl Watch {
                         kernel = release;
                         boot = self.started.elapsed();
                     }
-                    Event::Driver => {}
-                    Event::Alive => {}
+                    Event::Driver | Event::Alive => {}
                     Event::Output {
                         stream,
                         data: Bytes(data),
@@ -294,11 +294,14 @@ impl Watch {
             self.signals.check()?;
             let log = Path::new("the console's log");
             let (grown, complaint) = self.console.advance().at("read", log)?;
-            if let Some(complaint) = complaint
-                // A person at the console sees it, and may want to look around.
-                && (terminal.is_none() || qemu_end.is_some())
+            if let Some(complaint) = complaint {
+                complained.get_or_insert((complaint, Instant::now()));
+            }
+            // A person at the console sees it, and may want to look around.
+            if let Some((complaint, since)) = &complained
+                && (qemu_end.is_some() || terminal.is_none() && since.elapsed() > LAST_WORDS)
             {
-                return Err(Error::Kernel(complaint));
+                return Err(Error::Kernel(complaint.clone()));
             }
             if grown {
                 self.heard = Instant::now();

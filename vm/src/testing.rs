@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use crate::build::{cargo, copy_module_sources, make_command, module_sources, source_files};
 use crate::error::{Error, FileContext, Result, with_sources};
 use crate::paths::Cache;
-use crate::prepare::{MachineOptions, Prepared};
+use crate::prepare::{ACCELERATOR_VARIABLE, MachineOptions, Prepared};
 use crate::process::{capture, die_with_parent, run};
 use crate::report::Report;
 use crate::toolbox::{Toolbox, run_inside};
@@ -103,7 +103,6 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
     let mut tests = cargo();
     tests.args([
         "test",
-        "--quiet",
         "--no-fail-fast",
         "--workspace",
         "--exclude",
@@ -124,16 +123,11 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
     }
 
     let mut tests = cargo();
-    tests.args([
-        "test",
-        "--quiet",
-        "--package",
-        VM_TESTS,
-        "--",
-        "--include-ignored",
-    ]);
+    tests.args(["test", "--package", VM_TESTS, "--", "--include-ignored"]);
     let tool = env::current_exe().at("find", "this program")?;
-    tests.env(TOOL_VARIABLE, tool);
+    tests
+        .env(TOOL_VARIABLE, tool)
+        .env(ACCELERATOR_VARIABLE, prepared.accelerator().to_string());
     tally.add(cargo_test(&mut tests)?);
 
     println!("{tally}");

@@ -1,1 +1,448 @@
-//! Placeholder.
+//! What the end-to-end tests are written with: the tool as a user runs it, and
+//! a device daemon of the test's own.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hmm_vm::build::Programs;
+use hmm_vm::daemon::{Counters, counters};
+use hmm_vm::error::with_sources;
+use hmm_vm::testing::TOOL_VARIABLE;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// Result of a test's step; the text says what went wrong.
+pub type Result<T = (), E = Failure> = std::result::Result<T, E>;
+
+/// No step of a test takes this long.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Why a test failed.
+#[derive(Debug)]
+pub struct Failure(pub String);
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self(with_sources(&error))
+    }
+}
+
+/// Fails with a message unless the condition holds.
+///
+/// # Errors
+/// The condition does not hold.
+pub fn check(condition: bool, message: impl FnOnce() -> String) -> Result {
+    if condition {
+        Ok(())
+    } else {
+        Err(Failure(message()))
+    }
+}
+
+/// Waits until `condition` holds.
+///
+/// # Errors
+/// It does not within the time any step may take.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) -> Result {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        check(Instant::now() < deadline, || {
+            format!("never happened: {what}")
+        })?;
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// `cargo vm`, with a directory for its temporary files that the test can look into.
+#[derive(Debug)]
+pub struct Tool {
+    command: Command,
+    temporary: TempDir,
+}
+
+/// `cargo vm` with these arguments.
+///
+/// # Errors
+/// The test was not started by `cargo vm test`.
+pub fn vm(arguments: &[&str]) -> Result<Tool> {
+    let tool = std::env::var_os(TOOL_VARIABLE)
+        .ok_or_else(|| Failure("this boots a VM: run it with `cargo vm test`".into()))?;
+    let temporary = tempfile::Builder::new().prefix("e2e").tempdir()?;
+    let mut command = Command::new(tool);
+    command
+        .args(arguments)
+        .env("TMPDIR", temporary.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    Ok(Tool { command, temporary })
+}
+
+impl Tool {
+    /// Adds arguments.
+    #[must_use]
+    pub fn with<S: AsRef<std::ffi::OsStr>>(
+        mut self,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Self {
+        self.command.args(arguments);
+        self
+    }
+
+    /// Runs it to its end, with these bytes on its standard input.
+    ///
+    /// # Errors
+    /// It cannot be started, or does not end.
+    pub fn finish_with_input(mut self, input: &[u8]) -> Result<Finished> {
+        self.command.stdin(Stdio::piped());
+        let mut running = self.launch()?;
+        running.say(input)?;
+        running.finish()
+    }
+
+    /// Runs it to its end.
+    ///
+    /// # Errors
+    /// It cannot be started, or does not end.
+    pub fn finish(self) -> Result<Finished> {
+        self.launch()?.finish()
+    }
+
+    /// Starts it; its standard input stays open if `finish_with_input` or `listening` opened it.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn launch(mut self) -> Result<Running> {
+        let mut child = self.command.spawn()?;
+        let stderr = child
+            .stderr
+            .take()
+            .ok_or_else(|| Failure("no stderr".into()))?;
+        let stdout = child
+            .stdout
+            .take()
+            .ok_or_else(|| Failure("no stdout".into()))?;
+        Ok(Running {
+            stderr: Some(thread::spawn(move || read_all(stderr))),
+            stdout: BufReader::new(stdout),
+            child,
+            temporary: self.temporary,
+        })
+    }
+
+    /// Keeps its standard input open for [`Running::say`].
+    #[must_use]
+    pub fn listening(mut self) -> Self {
+        self.command.stdin(Stdio::piped());
+        self
+    }
+}
+
+fn read_all(mut from: impl Read) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    from.read_to_end(&mut bytes).map(|_| bytes)
+}
+
+/// `cargo vm` while it runs.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    stdout: BufReader<std::process::ChildStdout>,
+    stderr: Option<thread::JoinHandle<io::Result<Vec<u8>>>>,
+    temporary: TempDir,
+}
+
+impl Running {
+    /// Waits for the guest to print this line.
+    ///
+    /// # Errors
+    /// Its output ends without it.
+    pub fn wait_for_line(&mut self, wanted: &str) -> Result {
+        let mut line = String::new();
+        while line.trim_end() != wanted {
+            line.clear();
+            if self.stdout.read_line(&mut line)? == 0 {
+                let error = self.stderr_text();
+                return Err(Failure(format!("the guest never said {wanted:?}: {error}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes to its standard input, which then ends.
+    ///
+    /// # Errors
+    /// It reads no more.
+    pub fn say(&mut self, input: &[u8]) -> Result {
+        let stdin = self.child.stdin.take();
+        stdin
+            .ok_or_else(|| Failure("standard input is closed".into()))?
+            .write_all(input)?;
+        Ok(())
+    }
+
+    /// The process whose command line has this in it, among those that it started.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn child(&self, name: &str) -> Result<Pid> {
+        let children = children(self.child.id());
+        children
+            .into_iter()
+            .find(|pid| {
+                let path = format!("/proc/{}/cmdline", pid.as_raw_nonzero());
+                fs::read(path).is_ok_and(|line| String::from_utf8_lossy(&line).contains(name))
+            })
+            .ok_or_else(|| Failure(format!("no process {name} runs")))
+    }
+
+    /// Sends a signal to one of its processes.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn kill(&self, name: &str, signal: Signal) -> Result {
+        Ok(kill_process(self.child(name)?, signal)?)
+    }
+
+    /// Sends a signal to the tool itself.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn signal(&self, signal: Signal) -> Result {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        Ok(kill_process(
+            pid.ok_or_else(|| Failure("no process".into()))?,
+            signal,
+        )?)
+    }
+
+    /// Files that it has made for this run and not yet removed.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn temporary_files(&self) -> Result<Vec<PathBuf>> {
+        Ok(fs::read_dir(self.temporary.path())?
+            .flatten()
+            .map(|entry| entry.path())
+            .collect())
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It does not end; it is killed then.
+    pub fn finish(mut self) -> Result<Finished> {
+        let mut stdout = self.stdout;
+        let reader = thread::spawn(move || read_all(&mut stdout));
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            if Instant::now() > deadline {
+                self.child.kill()?;
+                return Err(Failure("cargo vm does not end".into()));
+            }
+            thread::sleep(Duration::from_millis(10));
+        };
+        let join = |thread: thread::JoinHandle<io::Result<Vec<u8>>>| {
+            thread
+                .join()
+                .map_err(|_| Failure("a reader ended early".into()))
+        };
+        let stderr = match self.stderr.take() {
+            Some(thread) => join(thread)??,
+            None => Vec::new(),
+        };
+        let left_over = fs::read_dir(self.temporary.path())?.count();
+        Ok(Finished {
+            output: Output {
+                status,
+                stdout: join(reader)??,
+                stderr,
+            },
+            left_over,
+        })
+    }
+
+    fn stderr_text(&mut self) -> String {
+        let bytes = self
+            .stderr
+            .take()
+            .and_then(|thread| thread.join().ok()?.ok());
+        String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned()
+    }
+}
+
+/// The processes that process `parent` has started.
+#[must_use]
+pub fn children(parent: u32) -> Vec<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{parent}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    tasks
+        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
+        .flat_map(|list| {
+            let pids = list
+                .split_whitespace()
+                .filter_map(|pid| Pid::from_raw(pid.parse().ok()?));
+            pids.collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+/// `cargo vm` after its end.
+#[derive(Debug)]
+pub struct Finished {
+    output: Output,
+    /// Temporary files that it left behind.
+    pub left_over: usize,
+}
+
+impl Finished {
+    /// Its exit status; -1 if a signal ended it.
+    #[must_use]
+    pub fn status(&self) -> i32 {
+        self.output.status.code().unwrap_or(-1)
+    }
+
+    /// What it wrote to standard output.
+    #[must_use]
+    pub fn stdout(&self) -> &[u8] {
+        &self.output.stdout
+    }
+
+    /// What it wrote to standard output, as text.
+    #[must_use]
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.output.stdout).into_owned()
+    }
+
+    /// What it wrote to standard error.
+    #[must_use]
+    pub fn errors(&self) -> String {
+        String::from_utf8_lossy(&self.output.stderr).into_owned()
+    }
+
+    /// Checks its exit status.
+    ///
+    /// # Errors
+    /// It is another one; the message holds what it wrote.
+    pub fn expect_status(&self, wanted: i32) -> Result {
+        check(self.status() == wanted, || {
+            let (status, out, errors) = (self.status(), self.text(), self.errors());
+            format!("exit status {status}, not {wanted}\n--- stdout\n{out}\n--- stderr\n{errors}")
+        })
+    }
+
+    /// Checks that standard error has this text in it.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn expect_error(&self, wanted: &str) -> Result {
+        check(self.errors().contains(wanted), || {
+            format!("no {wanted:?} in standard error:\n{}", self.errors())
+        })
+    }
+}
+
+/// A device daemon of the test's own, which serves one machine after another.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    directory: TempDir,
+}
+
+impl Daemon {
+    /// Starts it and waits until it listens.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start() -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("e2e").tempdir()?;
+        let child = Command::new(Programs::locate()?.daemon())
+            .arg("--socket-path")
+            .arg(directory.path().join("device"))
+            .arg("--control-socket")
+            .arg(directory.path().join("control"))
+            .arg("--memory-size=256M")
+            .arg("--copy-queues=2")
+            .stdin(Stdio::null())
+            .stderr(fs::File::create(directory.path().join("log"))?)
+            .spawn()?;
+        let daemon = Self { child, directory };
+        wait_until("the daemon listens", || daemon.control().exists())?;
+        Ok(daemon)
+    }
+
+    fn control(&self) -> PathBuf {
+        self.directory.path().join("control")
+    }
+
+    /// The options that connect a machine to it.
+    #[must_use]
+    pub fn options(&self) -> Vec<String> {
+        let device = self.directory.path().join("device");
+        vec![
+            "--device-socket".into(),
+            device.display().to_string(),
+            "--control-socket".into(),
+            self.control().display().to_string(),
+        ]
+    }
+
+    /// Its counters.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn counters(&self) -> Result<Counters> {
+        Ok(counters(&self.control())?)
+    }
+
+    /// Whether device memory holds these bytes anywhere.
+    ///
+    /// # Errors
+    /// The memory cannot be read.
+    pub fn memory_holds(&self, wanted: &[u8]) -> Result<bool> {
+        let descriptors = format!("/proc/{}/fd", self.child.id());
+        let memory = fs::read_dir(descriptors)?
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| {
+                let target = fs::read_link(path).unwrap_or_default();
+                target.to_string_lossy().contains("memfd:hmm-device-memory")
+            })
+            .ok_or_else(|| Failure("the daemon has no device memory".into()))?;
+        holds(&memory, wanted)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Whether a file has these bytes in it, at a multiple of their number.
+fn holds(path: &Path, wanted: &[u8]) -> Result<bool> {
+    let mut file = fs::File::open(path)?;
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(false),
+            count => {
+                let data = buffer.get(..count).unwrap_or_default();
+                if data.chunks_exact(wanted.len()).any(|chunk| chunk == wanted) {
+                    return Ok(true);
+                }
+            }
+        }
+    }
+}

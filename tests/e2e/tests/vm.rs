@@ -1,0 +1,512 @@
+//! Tests that boot VMs. `cargo vm test` runs them; plain `cargo test` lists them as ignored.
+
+#![allow(
+    missing_docs,
+    reason = "the names of the tests say what they are about"
+)]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use hmm_e2e::{Daemon, Failure, Result, Running, check, vm, wait_until};
+use hmm_hold::HELD;
+use hmm_stress::report::{Case, Line, Summary, Verdict};
+use hmm_vm::build::Programs;
+use hmm_vm::daemon::Counters;
+use hmm_vm::demo::sides;
+use hmm_vm::initramfs::MODULE_PATH;
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use rustix::process::{Signal, test_kill_process};
+
+/// Where `hmm-hold` writes in the guest that its pages are on the device, and waits to go on.
+const READY: &str = "/tmp/ready";
+const GO: &str = "/tmp/go";
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // Each boots a machine with as many CPUs as this one has.
+    arguments.test_threads.get_or_insert(1);
+    let mut trials = vec![
+        trial("exit_status_passes_through", exit_status_passes_through),
+        trial(
+            "signal_of_the_command_becomes_128_and_its_number",
+            signal_becomes_a_status,
+        ),
+        trial("missing_command_is_127", missing_command_is_127),
+        trial("output_is_byte_clean_both_ways", output_is_byte_clean),
+        trial(
+            "boot_reads_commands_from_a_pipe",
+            boot_reads_commands_from_a_pipe,
+        ),
+        trial(
+            "boot_on_a_terminal_is_a_shell",
+            boot_on_a_terminal_is_a_shell,
+        ),
+        trial(
+            "driver_unload_brings_pages_home",
+            driver_unload_brings_pages_home,
+        ),
+        trial("killed_daemon_ends_the_run", killed_daemon_ends_the_run),
+        trial("killed_daemon_ends_the_demo", killed_daemon_ends_the_demo),
+        trial(
+            "dead_device_is_sigbus_for_its_pages_only",
+            dead_device_is_sigbus,
+        ),
+        trial("guest_panic_is_found", guest_panic_is_found),
+        trial("guest_warning_is_found", guest_warning_is_found),
+        trial("silent_guest_is_ended", silent_guest_is_ended),
+        trial("timeout_ends_the_run", timeout_ends_the_run),
+        trial("ctrl_c_leaves_nothing_behind", ctrl_c_leaves_nothing_behind),
+        trial(
+            "killed_tool_leaves_no_process",
+            killed_tool_leaves_no_process,
+        ),
+        trial(
+            "next_vm_never_sees_the_last_ones_bytes",
+            next_vm_never_sees_bytes,
+        ),
+        trial("demo_reconciles_and_the_second_makes_nothing", demo_twice),
+        trial("host_counters_reconcile_after_contract_tests", || {
+            reconciles(contract()?)
+        }),
+        trial("host_counters_reconcile_after_stress", || {
+            reconciles(stress()?)
+        }),
+    ];
+    for name in hmm_stress::contract::NAMES {
+        trials.push(guest_trial("contract", name, contract));
+    }
+    for name in hmm_stress::scenario::NAMES {
+        trials.push(guest_trial("stress", name, stress));
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn trial(name: &str, body: impl FnOnce() -> Result + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        body().map_err(|Failure(text)| Failed::from(text))
+    })
+    .with_kind("boots a VM: cargo vm test")
+    .with_ignored_flag(true)
+}
+
+fn exit_status_passes_through() -> Result {
+    let run = vm(&["run", "--", "sh", "-c", "exit 42"])?.finish()?;
+    run.expect_status(42)?;
+    check(run.left_over == 0, || {
+        format!("{} files are left over", run.left_over)
+    })
+}
+
+fn signal_becomes_a_status() -> Result {
+    vm(&["run", "--", "sh", "-c", "kill -9 $$"])?
+        .finish()?
+        .expect_status(137)
+}
+
+fn missing_command_is_127() -> Result {
+    let run = vm(&["run", "--", "no-such-program"])?.finish()?;
+    run.expect_status(127)?;
+    run.expect_error("no-such-program")
+}
+
+fn output_is_byte_clean() -> Result {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("every byte");
+    let bytes: Vec<u8> = (0..75_000u32)
+        .flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes())
+        .collect();
+    fs::write(&file, &bytes)?;
+    let script = directory.path().join("script");
+    fs::write(
+        &script,
+        "#!/bin/sh\ncat 'every byte'; cat; printf 'err\\r\\n\\000' >&2\n",
+    )?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+
+    let input: Vec<u8> = bytes.iter().rev().copied().collect();
+    let run = vm(&["run", "--with"])?
+        .with([&file])
+        .with([PathBuf::from("--with"), script])
+        .with(["--", "./script"])
+        .finish_with_input(&input)?;
+    run.expect_status(0)?;
+    check(run.stdout() == [bytes, input].concat(), || {
+        "standard output differs".into()
+    })?;
+    run.expect_error("err\r\n\0")
+}
+
+fn boot_reads_commands_from_a_pipe() -> Result {
+    let run =
+        vm(&["boot"])?.finish_with_input(b"echo kernel $(uname -s)\nls /dev/hmm0\nexit 3\n")?;
+    run.expect_status(3)?;
+    check(run.text() == "kernel Linux\n/dev/hmm0\n", || {
+        format!("{:?}", run.text())
+    })
+}
+
+/// script(1), of util-linux, gives the tool a terminal.
+fn boot_on_a_terminal_is_a_shell() -> Result {
+    let tool = std::env::var(hmm_vm::testing::TOOL_VARIABLE)
+        .map_err(|_| Failure("this boots a VM: run it with `cargo vm test`".into()))?;
+    let mut child = std::process::Command::new("script")
+        .args([
+            "--quiet",
+            "--return",
+            "--command",
+            &format!("'{tool}' boot"),
+            "/dev/null",
+        ])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()?;
+    let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+        return Err(Failure("no pipes".into()));
+    };
+    // The prompt comes without a line end.
+    let mut seen = Vec::new();
+    let mut bytes = std::io::Read::bytes(stdout);
+    let mut wait_for = |wanted: &str| -> Result {
+        while !String::from_utf8_lossy(&seen).contains(wanted) {
+            match bytes.next() {
+                Some(byte) => seen.push(byte?),
+                None => {
+                    let seen = String::from_utf8_lossy(&seen).into_owned();
+                    return Err(Failure(format!("no {wanted:?} in {seen:?}")));
+                }
+            }
+        }
+        Ok(())
+    };
+    wait_for("# ")?;
+    std::io::Write::write_all(&mut stdin, b"tty; echo $((6 * 7))\r")?;
+    wait_for("/dev/ttyS0")?;
+    wait_for("42")?;
+    std::io::Write::write_all(&mut stdin, b"exit 9\r")?;
+    let status = child.wait()?.code();
+    check(status == Some(9), || {
+        format!("the shell's exit status became {status:?}")
+    })
+}
+
+/// Options that bring `hmm-hold` into the guest.
+fn hold_options() -> Result<[PathBuf; 2]> {
+    let programs = Programs::locate()?;
+    programs.build_packages(&["hmm-hold"])?;
+    Ok(["--with".into(), programs.path("hmm-hold")])
+}
+
+/// Shell commands that start `hmm-hold` and wait until its pages are on the device.
+fn hold_script(rest: &str) -> String {
+    format!(
+        "hmm-hold 4096 {READY} {GO} & holder=$!
+         while [ ! -e {READY} ]; do kill -0 $holder || exit 90; sleep 0.05; done
+         {rest}"
+    )
+}
+
+fn driver_unload_brings_pages_home() -> Result {
+    let script = hold_script(&format!(
+        "rmmod virtio_hmm || exit 91
+         [ ! -e /dev/hmm0 ] || exit 92
+         touch {GO}; wait $holder || exit 93
+         insmod {MODULE_PATH} || exit 94
+         hmm-stress contract s6_whole_range_never_touched || exit 95"
+    ));
+    let run = vm(&["run"])?
+        .with(hold_options()?)
+        .with(["--", "sh", "-c", &script])
+        .finish()?;
+    run.expect_status(0)?;
+    check(
+        run.text().contains("all 4096 pages are as they were"),
+        || run.text(),
+    )
+}
+
+fn killed_daemon_ends_the_run() -> Result {
+    let mut run = vm(&["run", "--", "sh", "-c", "echo up; sleep 600"])?.launch()?;
+    run.wait_for_line("up")?;
+    expect_quick_end(run)
+}
+
+fn killed_daemon_ends_the_demo() -> Result {
+    let run = vm(&["demo", "--json"])?.launch()?;
+    wait_until("the stress runs", || {
+        let sockets = run.temporary_files().unwrap_or_default();
+        let controls = sockets.iter().map(|directory| directory.join("control"));
+        controls
+            .filter_map(|control| hmm_vm::daemon::counters(&control).ok())
+            .any(|counters| counters.to_device.frames > 1000)
+    })?;
+    expect_quick_end(run)
+}
+
+fn expect_quick_end(run: Running) -> Result {
+    let started = Instant::now();
+    run.kill("vhost-device-hmm", Signal::KILL)?;
+    let run = run.finish()?;
+    run.expect_status(125)?;
+    run.expect_error("the device daemon was killed by signal 9")?;
+    check(run.left_over == 0, || {
+        format!("{} files are left over", run.left_over)
+    })?;
+    // Far below every limit of the tool: it was told of the death, not of a silence.
+    check(started.elapsed() < Duration::from_secs(20), || {
+        "it took a limit to end".into()
+    })
+}
+
+fn dead_device_is_sigbus() -> Result {
+    let script = hold_script(&format!(
+        "echo held; read line; touch {GO}
+         wait $holder; echo holder $?
+         head -c 1000000 /dev/zero | wc -c
+         hmm-stress contract s6_whole_range_never_touched >/dev/null 2>&1 && exit 96
+         echo others go on"
+    ));
+    let mut run = vm(&["run", "--device-may-die"])?
+        .with(hold_options()?)
+        .with(["--", "sh", "-c", &script])
+        .listening()
+        .launch()?;
+    run.wait_for_line("held")?;
+    run.kill("vhost-device-hmm", Signal::KILL)?;
+    run.say(b"\n")?;
+    let run = run.finish()?;
+    run.expect_status(0)?;
+    // 135 is 128 and SIGBUS.
+    check(run.text() == "holder 135\n1000000\nothers go on\n", || {
+        run.text()
+    })
+}
+
+fn guest_panic_is_found() -> Result {
+    let run = vm(&["run", "--", "sh", "-c", "echo c > /proc/sysrq-trigger"])?.finish()?;
+    run.expect_status(123)?;
+    run.expect_error("Kernel panic")?;
+    run.expect_error("console.log")
+}
+
+fn guest_warning_is_found() -> Result {
+    let warn = "echo '<4>WARNING: CPU: 0 PID: 1 at a test' > /dev/kmsg; sleep 600";
+    let run = vm(&["run", "--", "sh", "-c", warn])?.finish()?;
+    run.expect_status(123)?;
+    run.expect_error("WARNING: CPU: 0 PID: 1 at a test")
+}
+
+fn silent_guest_is_ended() -> Result {
+    let mut run = vm(&[
+        "run",
+        "--silence",
+        "8s",
+        "--",
+        "sh",
+        "-c",
+        "echo up; sleep 600",
+    ])?
+    .launch()?;
+    run.wait_for_line("up")?;
+    run.kill("qemu-system", Signal::STOP)?;
+    let run = run.finish()?;
+    run.expect_status(124)?;
+    run.expect_error("silent for 8 s")
+}
+
+fn timeout_ends_the_run() -> Result {
+    let run = vm(&["run", "--timeout", "12s", "--", "sleep", "600"])?.finish()?;
+    run.expect_status(124)?;
+    run.expect_error("--timeout 12s")
+}
+
+fn ctrl_c_leaves_nothing_behind() -> Result {
+    let mounts = || fs::read_to_string("/proc/self/mounts");
+    let before = mounts()?;
+    let mut run = vm(&["run", "--", "sh", "-c", "echo up; sleep 600"])?.launch()?;
+    run.wait_for_line("up")?;
+    let processes = [run.child("vhost-device-hmm")?, run.child("qemu-system")?];
+    run.signal(Signal::INT)?;
+    let run = run.finish()?;
+    run.expect_status(130)?;
+    check(run.left_over == 0, || {
+        format!("{} files are left over", run.left_over)
+    })?;
+    check(mounts()? == before, || "a mount is left over".into())?;
+    for process in processes {
+        check(test_kill_process(process).is_err(), || {
+            format!("{process:?} is left over")
+        })?;
+    }
+    Ok(())
+}
+
+fn killed_tool_leaves_no_process() -> Result {
+    let mut run = vm(&["run", "--", "sh", "-c", "echo up; sleep 600"])?.launch()?;
+    run.wait_for_line("up")?;
+    let processes = [run.child("vhost-device-hmm")?, run.child("qemu-system")?];
+    run.signal(Signal::KILL)?;
+    run.finish()?;
+    wait_until("the daemon and QEMU end", || {
+        processes
+            .iter()
+            .all(|&process| test_kill_process(process).is_err())
+    })
+}
+
+fn next_vm_never_sees_bytes() -> Result {
+    let daemon = Daemon::start()?;
+    let machine = |script: &str| -> Result<Running> {
+        vm(&["run"])?
+            .with(daemon.options())
+            .with(hold_options()?)
+            .with(["--", "sh", "-c", script])
+            .listening()
+            .launch()
+    };
+    let mut first = machine(&hold_script("echo held; read line"))?;
+    first.wait_for_line("held")?;
+    check(daemon.memory_holds(HELD)?, || {
+        "the first VM's bytes never were on the device".into()
+    })?;
+    first.say(b"\n")?;
+    first.finish()?.expect_status(0)?;
+
+    let mut second = machine("echo up; read line")?;
+    second.wait_for_line("up")?;
+    check(!daemon.memory_holds(HELD)?, || {
+        "the second VM's device has the first's bytes".into()
+    })?;
+    check(daemon.counters()? == Counters::default(), || {
+        "counters of another VM".into()
+    })?;
+    second.say(b"\n")?;
+    second.finish()?.expect_status(0)
+}
+
+fn demo_twice() -> Result {
+    vm(&["demo"])?.finish()?.expect_status(0)?;
+    let run = vm(&["demo", "--json", "--seed", "7"])?.finish()?;
+    run.expect_status(0)?;
+    for word in ["making", "building", "downloading", "unpacking"] {
+        check(!run.errors().contains(word), || run.errors())?;
+    }
+    let result: serde_json::Value = serde_json::from_slice(run.stdout())?;
+    let number = |name: &str| result.get(name).and_then(serde_json::Value::as_u64);
+    for name in ["pages_to_device", "pages_to_system"] {
+        check(number(name) > Some(100_000), || {
+            format!("{name}: {:?}", number(name))
+        })?;
+    }
+    for name in [
+        "cpu_faults",
+        "holes_filled",
+        "guest_bytes_to_device",
+        "guest_bytes_to_system",
+    ] {
+        check(number(name) > Some(0), || {
+            format!("{name}: {:?}", number(name))
+        })?;
+    }
+    check(number("seed") == Some(7), || "another seed".into())?;
+    check(number("mismatches") == Some(0), || "mismatches".into())?;
+    let same = number("guest_bytes_to_device") == number("host_bytes_to_device")
+        && number("guest_bytes_to_system") == number("host_bytes_to_system");
+    check(
+        same && result.get("reconciled") == Some(&true.into()),
+        || "not reconciled".into(),
+    )?;
+    for name in ["accelerator", "kernel", "qemu"] {
+        let text = result.get(name).and_then(serde_json::Value::as_str);
+        check(text.is_some_and(|text| !text.is_empty()), || {
+            format!("no {name}")
+        })?;
+    }
+    check(result.get("seconds").is_some(), || "no seconds".into())
+}
+
+/// One boot whose results several tests look at.
+#[derive(Debug)]
+struct Shared {
+    cases: Vec<Case>,
+    summary: Box<Summary>,
+    host: Counters,
+    /// The tool's own failure, such as a complaint of the guest's kernel.
+    failure: Option<String>,
+}
+
+type Boot = std::result::Result<Shared, String>;
+
+fn contract() -> Result<&'static Shared> {
+    static BOOT: OnceLock<Boot> = OnceLock::new();
+    shared(&BOOT, &["hmm-stress", "contract", "--json"])
+}
+
+fn stress() -> Result<&'static Shared> {
+    static BOOT: OnceLock<Boot> = OnceLock::new();
+    shared(&BOOT, &["hmm-stress", "run", "--json", "--duration", "30s"])
+}
+
+fn shared(boot: &'static OnceLock<Boot>, command: &[&str]) -> Result<&'static Shared> {
+    boot.get_or_init(|| boot_once(command).map_err(|Failure(text)| text))
+        .as_ref()
+        .map_err(|text| Failure(text.clone()))
+}
+
+fn boot_once(command: &[&str]) -> Result<Shared> {
+    let daemon = Daemon::start()?;
+    let run = vm(&["run"])?
+        .with(daemon.options())
+        .with(["--"])
+        .with(command)
+        .finish()?;
+    let mut cases = Vec::new();
+    let mut summary = None;
+    for line in run.text().lines() {
+        match serde_json::from_str(line)? {
+            Line::Begin { .. } => {}
+            Line::Scenario(case) | Line::Test { case, .. } => cases.push(case),
+            Line::Summary(line) => summary = Some(line),
+        }
+    }
+    Ok(Shared {
+        cases,
+        summary: summary.ok_or_else(|| Failure(format!("no summary: {}", run.errors())))?,
+        host: daemon.counters()?,
+        failure: (run.status() > 1).then(|| run.errors()),
+    })
+}
+
+fn guest_trial(group: &str, name: &'static str, boot: fn() -> Result<&'static Shared>) -> Trial {
+    let body = move || {
+        let shared = boot().map_err(|Failure(text)| text)?;
+        let case = shared.cases.iter().find(|case| case.name == name);
+        let case = case.ok_or("it did not run")?;
+        let reason = || case.reason.clone().unwrap_or_default();
+        match case.result {
+            Verdict::Pass => Ok(Completion::Completed),
+            Verdict::Skip => Ok(Completion::ignored_with(reason())),
+            Verdict::Fail => Err(Failed::from(reason())),
+        }
+    };
+    Trial::ignorable_test(format!("{group}::{name}"), body)
+        .with_kind("boots a VM: cargo vm test")
+        .with_ignored_flag(true)
+}
+
+/// What driver and daemon counted is the same, and the guest's kernel had nothing to say.
+fn reconciles(shared: &Shared) -> Result {
+    if let Some(failure) = &shared.failure {
+        return Err(Failure(failure.clone()));
+    }
+    let sides = sides(&shared.summary, &shared.host);
+    check(sides.iter().all(|sides| sides.guest == sides.host), || {
+        format!("{sides:#?}")
+    })?;
+    check(sides.iter().all(|sides| sides.host.frames > 0), || {
+        format!("{sides:#?}")
+    })
+}
