@@ -1,6 +1,6 @@
 //! Throughput of the copy engine beside that of memcpy. Each copy takes the
 //! next piece of a 64 MiB working set, so that caches do not hold it.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
 
 use std::{hint::black_box, sync::Arc};
 

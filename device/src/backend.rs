@@ -231,3 +231,31 @@ impl VhostUserBackend for Backend {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{memory::Memory, session::Shared};
+
+    #[test]
+    fn configuration_beyond_what_the_protocol_carries_is_refused() {
+        let shared = Shared::new(2 << 20, 2);
+        let session = shared.begin();
+        let backend = Backend::new(
+            shared.config(&session),
+            GuestMemoryAtomic::new(GuestMemoryMmap::new()),
+            &Engine::new(Arc::new(Memory::new(2 << 20, false).unwrap())),
+            &session.counters,
+            Arc::new(Stop::new().unwrap()),
+        );
+        assert_eq!(backend.get_config(0, 256).len(), 256);
+        assert_eq!(backend.get_config(255, 1), [0]);
+        for (offset, size) in [(0, 257), (255, 2), (256, 1), (u32::MAX, 1), (8, u32::MAX)] {
+            assert!(
+                backend.get_config(offset, size).is_empty(),
+                "{offset} {size}"
+            );
+        }
+        assert!(backend.set_config(0, &[0]).is_err());
+    }
+}

@@ -1,0 +1,216 @@
+//! The daemon as a program: options, errors, signals.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::{
+    fs,
+    os::{
+        fd::AsRawFd,
+        unix::{
+            net::{UnixListener, UnixStream},
+            process::CommandExt,
+        },
+    },
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::{Pid, dup2_raw},
+};
+use vhost::{VhostBackend, vhost_user::Frontend};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+fn daemon(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-device-hmm"));
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+/// Waits for the end of a daemon, or ends it in anger.
+fn finish(mut child: Child) -> Output {
+    let start = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if start.elapsed() > DEADLINE {
+            child.kill().unwrap();
+            panic!("still running: {:?}", child.wait_with_output());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    child.wait_with_output().unwrap()
+}
+
+fn run(arguments: &[&str]) -> Output {
+    finish(daemon(arguments).spawn().unwrap())
+}
+
+/// The daemon ends with one line that says all of `words`.
+fn fails(arguments: &[&str], words: &[&str]) {
+    let output = run(arguments);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{arguments:?}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.starts_with("vhost-device-hmm: "), "{text}");
+    for word in words {
+        assert!(text.contains(word), "no {word:?} in {text}");
+    }
+}
+
+fn connect(path: &Path) -> UnixStream {
+    let start = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return stream,
+            Err(e) => assert!(start.elapsed() < DEADLINE, "{e}"),
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn signal(child: &Child, signal: Signal) {
+    kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
+}
+
+#[test]
+fn capabilities_are_json() {
+    let output = run(&["--print-capabilities"]);
+    assert!(output.status.success());
+    let capabilities: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(capabilities["type"], "misc");
+    assert!(capabilities["features"].is_array());
+}
+
+#[test]
+fn unusable_sizes_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let socket = socket.to_str().unwrap();
+    for size in ["0", "1M", "3M", "4097", "2T"] {
+        fails(
+            &["-s", socket, "--memory-size", size],
+            &["memory size", "multiple of 2M"],
+        );
+    }
+    for size in ["", "M", "-2M", "two", "2Mi", "99999999999T"] {
+        fails(
+            &["-s", socket, &format!("--memory-size={size}")],
+            &["--memory-size"],
+        );
+    }
+    fails(&["-s", socket, "--memory-size", "1T"], &["available"]);
+    assert!(!Path::new(socket).exists());
+}
+
+#[test]
+fn other_options_are_checked_too() {
+    fails(&[], &["required"]);
+    fails(&["-s", "/tmp/x", "--fd", "3"], &["cannot be used with"]);
+    fails(&["-s", "/tmp/x", "--copy-queues", "0"], &["--copy-queues"]);
+    fails(&["-s", "/tmp/x", "--copy-queues", "17"], &["--copy-queues"]);
+    fails(&["-s", "/tmp/x", "--log-level", "loud"], &["--log-level"]);
+}
+
+#[test]
+fn unusable_sockets_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let socket = path.to_str().unwrap();
+    fails(&["-s", "/proc/socket"], &["cannot listen on /proc/socket"]);
+    fails(
+        &["-s", &format!("{socket}/below/nothing")],
+        &["cannot listen on", "No such file"],
+    );
+    let listener = UnixListener::bind(&path).unwrap();
+    fails(&["-s", socket], &["in use"]);
+    let other = dir.path().join("other");
+    let other = other.to_str().unwrap();
+    fails(&["-s", other, "--control-socket", socket], &["in use"]);
+    assert!(
+        !Path::new(other).exists(),
+        "the socket that could be made stayed"
+    );
+    drop(listener);
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, "precious").unwrap();
+    fails(&["-s", socket], &["not a socket"]);
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn unusable_descriptors_are_refused() {
+    fails(&["--fd", "0"], &["not a listening socket"]);
+    fails(&["--fd", "77"], &["77", "Bad file descriptor"]);
+    fails(&["--fd=-1"], &["not a listening socket"]);
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_sigterm_removes_the_sockets() {
+    for (number, connected) in [
+        (Signal::SIGTERM, false),
+        (Signal::SIGTERM, true),
+        (Signal::SIGINT, true),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, control) = (dir.path().join("socket"), dir.path().join("control"));
+        drop(UnixListener::bind(&socket).unwrap());
+        let arguments = [
+            "-s",
+            socket.to_str().unwrap(),
+            "--control-socket",
+            control.to_str().unwrap(),
+        ];
+        let child = daemon(&arguments)
+            .arg("--prefault")
+            .arg("--memory-size=4M")
+            .spawn()
+            .unwrap();
+        // The control socket comes last.
+        let _control = connect(&control);
+        let vmm = connected.then(|| {
+            let vmm = Frontend::connect(&socket, 4).unwrap();
+            vmm.set_owner().unwrap();
+            // This has an answer, so the session has begun.
+            vmm.get_features().unwrap();
+            vmm
+        });
+        signal(&child, number);
+        let output = finish(child);
+        assert!(output.status.success(), "{output:?}");
+        assert!(output.stdout.is_empty());
+        assert!(!socket.exists() && !control.exists());
+        drop(vmm);
+    }
+}
+
+#[test]
+fn an_inherited_socket_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let fd = listener.as_raw_fd();
+    let mut command = daemon(&["--fd", "9", "--memory-size", "2M"]);
+    // SAFETY: dup2 is async-signal-safe, and 9 is free or the same socket in
+    // the child, which has nothing else of use but its standard streams.
+    unsafe {
+        command.pre_exec(move || {
+            let listener = std::os::fd::BorrowedFd::borrow_raw(fd);
+            std::mem::forget(dup2_raw(listener, 9)?);
+            Ok(())
+        });
+    }
+    let child = command.spawn().unwrap();
+    let vmm = Frontend::connect(&path, 4).unwrap();
+    vmm.set_owner().unwrap();
+    assert_ne!(vmm.get_features().unwrap(), 0);
+    signal(&child, Signal::SIGTERM);
+    let output = finish(child);
+    assert!(output.status.success(), "{output:?}");
+    assert!(path.exists(), "the socket is its maker's to remove");
+}
