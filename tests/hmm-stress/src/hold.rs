@@ -132,3 +132,40 @@ impl<'a> PinnedPage<'a> {
             })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::region::PageSize;
+
+    #[test]
+    fn a_pipe_sees_what_is_written_to_its_page() {
+        let region = Region::new(2, PageSize::Small, 1).unwrap();
+        region.fill_all(1);
+        let held = PipedPage::new(&region, 1).unwrap();
+        region.fill(1, 2);
+        assert!(
+            held.release()
+                .unwrap()
+                .into_iter()
+                .eq(region.pattern(1, 2).words())
+        );
+    }
+
+    #[test]
+    fn a_pin_writes_to_its_page() {
+        let region = Region::new(2, PageSize::Small, 1).unwrap();
+        region.fill_all(1);
+        let mut held = match PinnedPage::new(&region, 1) {
+            Err(Failure::Skip(reason)) => {
+                eprintln!("skipped: {reason}");
+                return;
+            }
+            result => result.unwrap(),
+        };
+        held.write(2).unwrap();
+        held.release().unwrap();
+        region.check(0, 1).unwrap();
+        region.check(1, 2).unwrap();
+    }
+}

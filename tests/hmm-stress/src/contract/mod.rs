@@ -109,7 +109,7 @@ pub fn find(name: &str) -> Option<&'static Test> {
     ALL.iter().find(|test| test.name == name)
 }
 
-/// How much counter `name` of the device changed while `body` ran.
+/// How much each of the counters `names` of the device changed while `body` ran.
 fn device_change(
     context: &Context,
     names: &[&str],

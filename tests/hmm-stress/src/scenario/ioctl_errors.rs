@@ -5,14 +5,16 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::ptr;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_hmm_client::{Device, Direction, Error, MigrateError, PAGE_SIZE, Residency, Skip, abi};
 
 use crate::context::Context;
 use crate::failure::Failure;
+use crate::pattern::WORDS;
 use crate::process;
 use crate::require;
 
@@ -304,7 +306,6 @@ fn inherited(context: &Context) -> Result<(), Failure> {
 
 /// Memory that is not private and anonymous is skipped, and keeps its contents.
 fn other_memory(context: &Context) -> Result<(), Failure> {
-    const BYTES: usize = 4 * PAGE_SIZE;
     // SAFETY: the name is a C string.
     let fd = unsafe { libc::memfd_create(c"hmm-stress".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
@@ -312,7 +313,7 @@ fn other_memory(context: &Context) -> Result<(), Failure> {
     }
     // SAFETY: the descriptor is new and belongs to nobody else.
     let mut file = unsafe { File::from_raw_fd(fd) };
-    file.write_all(&[0x5a; BYTES])
+    file.write_all(&[0; Mapping::BYTES])
         .map_err(|source| Failure::System {
             call: "writing a memfd",
             source,
@@ -320,27 +321,63 @@ fn other_memory(context: &Context) -> Result<(), Failure> {
     let kinds = [
         ("shared memory", libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1),
         ("shared file", libc::MAP_SHARED, fd),
+        ("private file", libc::MAP_PRIVATE, fd),
     ];
     for (what, flags, fd) in kinds {
+        let mapping = Mapping::new(flags, fd)?;
+        let word = |page: usize| &mapping.words()[page * WORDS];
+        // Written, read, and two that are not touched.
+        word(0).store(7, Ordering::Relaxed);
+        word(1).load(Ordering::Relaxed);
+        let outcome = context.migrate(mapping.range(), Direction::ToDevice)?;
+        // A page written in a private mapping is no page of the file any more.
+        let may_move = u64::from(flags == libc::MAP_PRIVATE);
+        require!(
+            outcome.moved <= may_move && outcome.moved + outcome.skipped(Skip::Unsupported) == 4,
+            "{what}: {outcome:?}"
+        );
+        for page in 0..4 {
+            let seen = word(page).load(Ordering::Relaxed);
+            let expected = if page == 0 { 7 } else { 0 };
+            require!(seen == expected, "{what}: page {page} begins with {seen}");
+        }
+        word(0).store(0, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// Four pages of some kind of memory, unmapped when dropped.
+struct Mapping {
+    memory: *mut libc::c_void,
+}
+
+impl Mapping {
+    const BYTES: usize = 4 * PAGE_SIZE;
+
+    fn new(flags: libc::c_int, fd: libc::c_int) -> Result<Self, Failure> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing.
-        let memory = unsafe { libc::mmap(ptr::null_mut(), BYTES, protection, flags, fd, 0) };
+        let memory = unsafe { libc::mmap(ptr::null_mut(), Self::BYTES, protection, flags, fd, 0) };
         if memory == libc::MAP_FAILED {
             return Err(Failure::system("mmap"));
         }
-        // SAFETY: the mapping is that long and stays for the scenario.
-        unsafe { ptr::write_bytes(memory.cast::<u8>(), 0xa5, BYTES) };
-        let range = memory as usize..memory as usize + BYTES;
-        let outcome = context.migrate(range, Direction::ToDevice)?;
-        require!(
-            outcome.skipped(Skip::Unsupported) == 4,
-            "{what}: {outcome:?}"
-        );
-        // SAFETY: as above, and nobody else writes there.
-        let bytes = unsafe { std::slice::from_raw_parts(memory.cast::<u8>(), BYTES) };
-        require!(bytes.iter().all(|&byte| byte == 0xa5), "{what} changed");
-        // SAFETY: the mapping is this function's own and not used any more.
-        unsafe { libc::munmap(memory, BYTES) };
+        Ok(Self { memory })
     }
-    Ok(())
+
+    fn words(&self) -> &[AtomicU64; 4 * WORDS] {
+        // SAFETY: the mapping is that long, aligned, lives as long as `self`, and every
+        // bit pattern is valid.
+        unsafe { &*self.memory.cast() }
+    }
+
+    fn range(&self) -> Range<usize> {
+        self.memory as usize..self.memory as usize + Self::BYTES
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and no borrow of it is left.
+        unsafe { libc::munmap(self.memory, Self::BYTES) };
+    }
 }
