@@ -159,7 +159,7 @@ pub struct virtio_hmm_counters {
     pub device_to_device: virtio_hmm_op_counters,
     /// Frames given back to the host.
     pub discard: virtio_hmm_op_counters,
-    /// Copy-queue requests of an unknown operation.
+    /// Requests of an operation unknown to their queue.
     pub unsupported: Le64,
 }
 

@@ -194,7 +194,7 @@ struct virtio_hmm_counters {
 	struct virtio_hmm_op_counters device_to_device;
 	/** @discard: Frames given back to the host. */
 	struct virtio_hmm_op_counters discard;
-	/** @unsupported: Copy-queue requests of an unknown operation. */
+	/** @unsupported: Requests of an operation unknown to their queue. */
 	__le64 unsupported;
 };
 

@@ -476,7 +476,7 @@ impl Vm {
     }
 
     /// Copies `bytes` to the device, which succeeds.
-    pub fn to_device(&mut self, frame: u64, bytes: &[u8]) {
+    pub fn store(&mut self, frame: u64, bytes: &[u8]) {
         let data = self.place(bytes);
         let frames = bytes.len() / PAGE;
         let request = Request::new(VIRTIO_HMM_OP_TO_DEVICE, &[(frame, frames as u32)]);
@@ -488,7 +488,7 @@ impl Vm {
     }
 
     /// Copies frames from the device, which succeeds.
-    pub fn from_device(&mut self, frame: u64, frames: usize) -> Vec<u8> {
+    pub fn load(&mut self, frame: u64, frames: usize) -> Vec<u8> {
         let len = frames * PAGE;
         let data = self.place(&vec![0xee; len]);
         let request = Request::new(VIRTIO_HMM_OP_FROM_DEVICE, &[(frame, frames as u32)]);

@@ -35,14 +35,14 @@ fn d9_to_device_and_d10_from_device_move_every_byte() {
     let device = Device::start();
     let mut vm = Vm::connect(&device);
     let bytes = pattern(1, 512);
-    vm.to_device(512, &bytes);
-    assert!(vm.from_device(512, 512) == bytes);
+    vm.store(512, &bytes);
+    assert!(vm.load(512, 512) == bytes);
     assert!(
-        vm.from_device(511, 1).iter().all(|byte| *byte == 0),
+        vm.load(511, 1).iter().all(|byte| *byte == 0),
         "the frame before"
     );
     assert!(
-        vm.from_device(1024, 1).iter().all(|byte| *byte == 0),
+        vm.load(1024, 1).iter().all(|byte| *byte == 0),
         "the frame after"
     );
 }
@@ -55,9 +55,9 @@ fn d9_extents_take_the_data_in_order() {
     let data = vm.place(&bytes);
     let request = Request::new(VIRTIO_HMM_OP_TO_DEVICE, &[(9, 1), (100, 3), (3, 2)]);
     assert_eq!(vm.request(COPY, &request, &[data], &[]), Response::ok(6, 0));
-    assert!(vm.from_device(9, 1) == bytes[..PAGE]);
-    assert!(vm.from_device(100, 3) == bytes[PAGE..4 * PAGE]);
-    assert!(vm.from_device(3, 2) == bytes[4 * PAGE..]);
+    assert!(vm.load(9, 1) == bytes[..PAGE]);
+    assert!(vm.load(100, 3) == bytes[PAGE..4 * PAGE]);
+    assert!(vm.load(3, 2) == bytes[4 * PAGE..]);
 }
 
 #[test]
@@ -65,13 +65,13 @@ fn d11_fill_sets_frames_to_zero() {
     let device = Device::start();
     let mut vm = Vm::connect(&device);
     let bytes = pattern(3, 8);
-    vm.to_device(0, &bytes);
+    vm.store(0, &bytes);
     let request = Request::new(VIRTIO_HMM_OP_FILL, &[(1, 2), (6, 1)]);
     assert_eq!(vm.request(COPY, &request, &[], &[]), Response::ok(3, 0));
     let mut expected = bytes;
     expected[PAGE..3 * PAGE].fill(0);
     expected[6 * PAGE..7 * PAGE].fill(0);
-    assert!(vm.from_device(0, 8) == expected);
+    assert!(vm.load(0, 8) == expected);
 }
 
 #[test]
@@ -79,14 +79,14 @@ fn d12_device_to_device_pairs_frames_across_extents() {
     let device = Device::start();
     let mut vm = Vm::connect(&device);
     let bytes = pattern(4, 6);
-    vm.to_device(10, &bytes);
+    vm.store(10, &bytes);
     let op = VIRTIO_HMM_OP_DEVICE_TO_DEVICE;
     let request = Request::with_sources(op, &[(100, 4), (200, 2)], &[(15, 1), (10, 5)]);
     assert_eq!(vm.request(COPY, &request, &[], &[]), Response::ok(6, 0));
-    assert!(vm.from_device(100, 1) == bytes[5 * PAGE..]);
-    assert!(vm.from_device(101, 3) == bytes[..3 * PAGE]);
-    assert!(vm.from_device(200, 2) == bytes[3 * PAGE..5 * PAGE]);
-    assert!(vm.from_device(10, 6) == bytes, "the source");
+    assert!(vm.load(100, 1) == bytes[5 * PAGE..]);
+    assert!(vm.load(101, 3) == bytes[..3 * PAGE]);
+    assert!(vm.load(200, 2) == bytes[3 * PAGE..5 * PAGE]);
+    assert!(vm.load(10, 6) == bytes, "the source");
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn d14_discarded_frames_read_as_zero() {
     let device = Device::start();
     let mut vm = Vm::connect(&device);
     let bytes = pattern(5, 64);
-    vm.to_device(0, &bytes);
+    vm.store(0, &bytes);
     let request = Request::new(VIRTIO_HMM_OP_DISCARD, &[(1, 1), (32, 16)]);
     let response = vm.request(CONTROL, &request, &[], &[]);
     assert_eq!(
@@ -104,22 +104,22 @@ fn d14_discarded_frames_read_as_zero() {
     let mut expected = bytes;
     expected[PAGE..2 * PAGE].fill(0);
     expected[32 * PAGE..48 * PAGE].fill(0);
-    assert!(vm.from_device(0, 64) == expected);
+    assert!(vm.load(0, 64) == expected);
     // All of the memory at once, more than a copy may name.
     let frames = (MEMORY_SIZE / PAGE as u64) as u32;
     let request = Request::new(VIRTIO_HMM_OP_DISCARD, &[(0, frames)]);
     let response = vm.request(CONTROL, &request, &[], &[]);
     assert_eq!((response.status, response.frames_done), (0, frames));
-    assert!(vm.from_device(0, 64).iter().all(|byte| *byte == 0));
+    assert!(vm.load(0, 64).iter().all(|byte| *byte == 0));
 }
 
 #[test]
 fn d13_counters_are_exact_in_band_and_on_the_control_socket() {
     let device = Device::start();
     let mut vm = Vm::connect(&device);
-    vm.to_device(0, &pattern(6, 5));
-    vm.from_device(0, 3);
-    vm.from_device(1, 4);
+    vm.store(0, &pattern(6, 5));
+    vm.load(0, 3);
+    vm.load(1, 4);
     vm.request(COPY, &Request::new(VIRTIO_HMM_OP_FILL, &[(0, 2)]), &[], &[]);
     let op = VIRTIO_HMM_OP_DEVICE_TO_DEVICE;
     vm.request(
@@ -194,8 +194,8 @@ fn d2_a_request_may_be_split_over_descriptors_in_any_way() {
     let writable = [(response, 3), (response + 3, 6), (response + 9, 2)];
     let written = vm.run(COPY, &readable, &writable);
     assert_eq!(vm.response(response, 3, written), Response::ok(3, 0));
-    assert!(vm.from_device(2, 1) == bytes[..PAGE]);
-    assert!(vm.from_device(5, 2) == bytes[PAGE..]);
+    assert!(vm.load(2, 1) == bytes[..PAGE]);
+    assert!(vm.load(5, 2) == bytes[PAGE..]);
 
     // Back, with the statuses and the data in the same descriptors.
     let request = Request::new(VIRTIO_HMM_OP_FROM_DEVICE, &[(2, 1), (5, 2)]);
@@ -240,7 +240,7 @@ fn d2_512_scattered_pages_are_one_request() {
         };
         assert_eq!(vm.response(response.0, 512, written), Response::ok(512, 0));
         let frames: Vec<_> = vm
-            .from_device(0, 512)
+            .load(0, 512)
             .chunks(PAGE)
             .map(<[u8]>::to_vec)
             .collect();

@@ -17,7 +17,7 @@ impl Case {
     fn new() -> Self {
         let device = Device::start();
         let mut vm = Vm::connect(&device);
-        vm.to_device(0, &pattern(1, 16));
+        vm.store(0, &pattern(1, 16));
         let data = vm.place(&pattern(0x80, 16));
         Self {
             vm,
@@ -36,7 +36,7 @@ impl Case {
             (status, 0, 8)
         );
         assert!(
-            self.vm.from_device(0, 16) == pattern(1, 16),
+            self.vm.load(0, 16) == pattern(1, 16),
             "device memory changed"
         );
         assert!(
@@ -275,7 +275,7 @@ fn d6_readable_buffers_after_writable_ones_are_invalid() {
         case.vm.response(response.0, 0, 8).status,
         VIRTIO_HMM_S_INVALID
     );
-    assert!(case.vm.from_device(0, 16) == pattern(1, 16));
+    assert!(case.vm.load(0, 16) == pattern(1, 16));
 }
 
 #[test]
@@ -339,7 +339,7 @@ fn d8_pages_outside_guest_memory_fail_alone() {
         frame(&new, 3),
     ]
     .concat();
-    assert!(case.vm.from_device(0, 6) == expected);
+    assert!(case.vm.load(0, 6) == expected);
 
     let request = Request::new(VIRTIO_HMM_OP_FROM_DEVICE, &[(6, 6)]);
     assert_eq!(case.vm.request(COPY, &request, &[], &pages), partial);

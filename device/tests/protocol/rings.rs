@@ -220,7 +220,7 @@ fn d20_the_event_queue_keeps_its_buffers() {
 fn d16_a_stopped_queue_writes_no_guest_memory() {
     let device = Device::start();
     let mut vm = Vm::connect(&device);
-    vm.to_device(0, &pattern(1, 512));
+    vm.store(0, &pattern(1, 512));
     let request = Request::new(VIRTIO_HMM_OP_FROM_DEVICE, &[(0, 512)]);
     let head = vm.place(&request.encode());
     let response = vm.place(&[0; 8 + 512]);
@@ -250,5 +250,5 @@ fn d16_a_stopped_queue_writes_no_guest_memory() {
     }
     assert!(stopped_in_between > 0, "no round stopped the queue at work");
     vm.set_up(COPY);
-    assert!(vm.from_device(0, 512) == pattern(1, 512));
+    assert!(vm.load(0, 512) == pattern(1, 512));
 }

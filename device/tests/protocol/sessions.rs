@@ -13,8 +13,8 @@ fn d17_memory_is_cleared_and_its_generation_changes_between_vms() {
     let device = Device::start();
     assert_eq!(device.counters()["session"], 0);
     let mut vm = Vm::connect(&device);
-    vm.to_device(0, &pattern(1, 512));
-    vm.to_device(1536, &pattern(2, 512));
+    vm.store(0, &pattern(1, 512));
+    vm.store(1536, &pattern(2, 512));
     let uuid = vm.config(24, 16);
     assert_eq!(vm.config(40, 8), 1_u64.to_le_bytes());
     let status = device.counters();
@@ -40,7 +40,7 @@ fn d17_memory_is_cleared_and_its_generation_changes_between_vms() {
     assert_eq!(vm.config(24, 16), uuid);
     for frame in [0, 512, 1024, 1536] {
         assert!(
-            vm.from_device(frame, 512).iter().all(|byte| *byte == 0),
+            vm.load(frame, 512).iter().all(|byte| *byte == 0),
             "frame {frame}"
         );
     }
@@ -76,8 +76,8 @@ fn a_peer_that_does_not_speak_vhost_user_ends_only_its_own_session() {
         drop(peer);
     }
     let mut vm = Vm::connect(&device);
-    vm.to_device(0, &pattern(1, 1));
-    assert!(vm.from_device(0, 1) == pattern(1, 1));
+    vm.store(0, &pattern(1, 1));
+    assert!(vm.load(0, 1) == pattern(1, 1));
 }
 
 #[test]
