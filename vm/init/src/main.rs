@@ -20,6 +20,8 @@ use rustix::system::{RebootCommand, finit_module, reboot};
 /// How long output may be missing after the program's end before it counts
 /// as complete: a child of the program may hold the pipe open for ever.
 const LAST_OUTPUT: Duration = Duration::from_millis(300);
+/// The user's files come first.
+const PATH: &str = "/root:/bin";
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
@@ -256,6 +258,8 @@ fn start(order: &Order, port: File, events: &Sender<Event>) -> Result<Child, Err
     };
     let mut child = command
         .args(arguments)
+        .env("HOME", "/root")
+        .env("PATH", PATH)
         .envs(&order.environment)
         .current_dir("/root")
         .spawn()
