@@ -239,11 +239,7 @@ fn d2_512_scattered_pages_are_one_request() {
             true => vm.run_indirect(COPY + 1, &readable, &[response]),
         };
         assert_eq!(vm.response(response.0, 512, written), Response::ok(512, 0));
-        let frames: Vec<_> = vm
-            .load(0, 512)
-            .chunks(PAGE)
-            .map(<[u8]>::to_vec)
-            .collect();
+        let frames: Vec<_> = vm.load(0, 512).chunks(PAGE).map(<[u8]>::to_vec).collect();
         assert!(frames.iter().rev().flatten().eq(&bytes));
     }
 }
