@@ -42,8 +42,8 @@ pub enum Error {
     /// The host refuses a resource.
     #[error("cannot set up the control plane")]
     Io(#[from] io::Error),
-    /// The event loop cannot be made.
-    #[error("cannot make an event loop")]
+    /// The event loop cannot be made, or fails.
+    #[error("the event loop of the control plane fails")]
     Loop(#[from] event_manager::Error),
 }
 
@@ -104,21 +104,23 @@ impl Control {
         Ok(())
     }
 
-    /// Starts the thread, which ends once the stop is requested.
+    /// Starts the thread, which ends once the stop is requested, or requests it
+    /// itself if it fails.
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn start(self) -> Result<JoinHandle<()>, Error> {
+    pub fn start(self) -> Result<JoinHandle<Result<(), Error>>, Error> {
         let mut manager = EventManager::new()?;
         let stop = Arc::clone(&self.stop);
         manager.add_subscriber(self);
         let run = move || {
             while !stop.requested() {
                 if let Err(e) = manager.run() {
-                    error!("the control plane fails: {e}");
                     stop.request();
+                    return Err(e.into());
                 }
             }
+            Ok(())
         };
         Ok(thread::Builder::new().name("control".into()).spawn(run)?)
     }

@@ -6,6 +6,7 @@ use std::{
         fd::{AsFd, AsRawFd, RawFd},
         unix::net::UnixListener,
     },
+    panic::resume_unwind,
     path::PathBuf,
     sync::Arc,
 };
@@ -67,7 +68,7 @@ pub enum Error {
     #[error(transparent)]
     Socket(#[from] socket::Error),
     /// The control plane failed.
-    #[error("cannot run the control plane")]
+    #[error(transparent)]
     Control(#[from] control::Error),
     /// The number of copy queues is out of range.
     #[error("{0} copy queues, must be 1 to {MAX_COPY_QUEUES}")]
@@ -151,10 +152,9 @@ impl Server {
         let control = self.control.start()?;
         let served = serve(&self.listener, &self.engine, &self.shared, &self.stop);
         self.stop.request();
-        if control.join().is_err() {
-            warn!("the control plane failed");
-        }
-        served
+        let controlled = control.join().unwrap_or_else(|panic| resume_unwind(panic));
+        served?;
+        Ok(controlled?)
     }
 }
 
