@@ -9,6 +9,7 @@ use vm_memory::{
 };
 
 use crate::{
+    ErrorChain,
     abi::{
         VIRTIO_HMM_FRAME_FAULT, VIRTIO_HMM_FRAME_OK, VIRTIO_HMM_MAX_FRAMES, VIRTIO_HMM_S_OK,
         VIRTIO_HMM_S_PARTIAL, virtio_hmm_resp,
@@ -128,7 +129,8 @@ impl Processor {
     fn reject(&self, rejection: &Rejection) -> Outcome {
         debug!(
             cookie = self.request.cookie(),
-            "request rejected: {rejection}"
+            "request rejected: {}",
+            ErrorChain(rejection)
         );
         Outcome {
             status: rejection.status(),

@@ -73,7 +73,7 @@ pub enum Rejection {
     #[error("readable buffers follow writable ones")]
     Order,
     /// The request is too short or lies outside guest memory.
-    #[error("cannot read the request: {0}")]
+    #[error("cannot read the request")]
     Unreadable(#[source] GuestMemoryError),
     /// The operation is unknown to this queue.
     #[error("operation {0:#x} is unknown to this queue")]
