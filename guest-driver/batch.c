@@ -100,14 +100,11 @@ void vhmm_check_src(struct vhmm_device *dev, const unsigned long *src,
  *
  * The status of each frame is checked. Where a copy failed the destination is
  * dropped, so that what is in it is never seen.
- *
- * Return: the number of pages that failed.
  */
-unsigned int vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
-			      const unsigned long *src, unsigned long *dst,
-			      unsigned long nr)
+void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
+		      const unsigned long *src, unsigned long *dst,
+		      unsigned long nr)
 {
-	unsigned int failed = 0;
 	unsigned long i;
 	int ret;
 
@@ -120,15 +117,12 @@ unsigned int vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
 					 page, i);
 	}
 	if (!r->nr_frames)
-		return 0;
+		return;
 
 	vhmm_request_submit(r);
 	ret = vhmm_request_wait(r);
 	for (i = 0; i < r->nr_frames; i++) {
-		if (ret || !vhmm_request_frame_ok(r, i)) {
+		if (ret || !vhmm_request_frame_ok(r, i))
 			vhmm_drop_destination(&dst[r->slots[i]]);
-			failed++;
-		}
 	}
-	return failed;
 }

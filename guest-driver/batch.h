@@ -59,8 +59,8 @@ void vhmm_batch_free(struct vhmm_batch *b);
 void vhmm_drop_destination(unsigned long *dst);
 void vhmm_check_src(struct vhmm_device *dev, const unsigned long *src,
 		    const unsigned long *seen, unsigned long nr);
-unsigned int vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
-			      const unsigned long *src, unsigned long *dst,
-			      unsigned long nr);
+void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
+		      const unsigned long *src, unsigned long *dst,
+		      unsigned long nr);
 
 #endif /* VHMM_BATCH_H */

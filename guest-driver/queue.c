@@ -31,7 +31,7 @@ static void vhmm_queue_drain(struct vhmm_queue *q)
 	lockdep_assert_held(&q->lock);
 
 	while ((r = virtqueue_get_buf(q->vq, &len))) {
-		r->failed = len < r->resp_len;
+		r->used = len;
 		complete(&r->done);
 		drained = true;
 	}
@@ -215,7 +215,7 @@ void vhmm_queue_fail_all(struct vhmm_queue *q)
 		return;
 	spin_lock_irq(&q->lock);
 	while ((r = virtqueue_detach_unused_buf(q->vq))) {
-		r->failed = true;
+		r->used = 0;
 		complete(&r->done);
 	}
 	wake_up_all(&q->space);

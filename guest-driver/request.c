@@ -75,7 +75,7 @@ static u8 *vhmm_request_body(const struct vhmm_request *r)
 void vhmm_request_start(struct vhmm_request *r, u32 op)
 {
 	r->queue = NULL;
-	r->failed = false;
+	r->used = 0;
 	r->nr_frames = 0;
 	r->nr_pages_sg = 0;
 	reinit_completion(&r->done);
@@ -161,7 +161,6 @@ static void vhmm_request_send(struct vhmm_request *r, struct vhmm_queue *q)
 			vhmm_count(dev, VHMM_REQUEST_TIMEOUTS, 1);
 			vhmm_device_break(dev, "a queue stayed full");
 		}
-		r->failed = true;
 		complete(&r->done);
 	}
 }
@@ -181,25 +180,35 @@ void vhmm_request_submit(struct vhmm_request *r)
 	vhmm_request_send(r, &dev->copy[raw_smp_processor_id() % dev->nr_copy]);
 }
 
+static bool vhmm_request_answered(const struct vhmm_request *r)
+{
+	return r->used >= sizeof(*r->resp);
+}
+
 static int vhmm_request_finish(struct vhmm_request *r)
 {
+	u32 status;
 	int ret = 0;
 
 	vhmm_queue_wait(r->queue, r);
 	r->latency_ns = ktime_to_ns(ktime_sub(ktime_get(), r->submitted));
 
-	if (r->failed) {
+	if (!vhmm_request_answered(r)) {
 		ret = -EIO;
-	} else if (r->resp->status == cpu_to_le32(VIRTIO_HMM_S_PARTIAL)) {
-		vhmm_count(r->dev, VHMM_REQUEST_ERRORS, 1);
-	} else if (r->resp->status != cpu_to_le32(VIRTIO_HMM_S_OK)) {
+		goto out;
+	}
+	status = le32_to_cpu(r->resp->status);
+	/* A frame status that was not written is not a good one. */
+	if ((status != VIRTIO_HMM_S_OK && status != VIRTIO_HMM_S_PARTIAL) ||
+	    r->used < r->resp_len)
+		ret = -EIO;
+	if (ret || status != VIRTIO_HMM_S_OK) {
 		vhmm_count(r->dev, VHMM_REQUEST_ERRORS, 1);
 		dev_err_ratelimited(&r->dev->vdev->dev,
-				    "operation %#x failed with status %u\n",
-				    le32_to_cpu(r->req->op),
-				    le32_to_cpu(r->resp->status));
-		ret = -EIO;
+				    "operation %#x ended with status %u\n",
+				    le32_to_cpu(r->req->op), status);
 	}
+out:
 	trace_vhmm_copy_complete(r, ret);
 	return ret;
 }
@@ -220,7 +229,7 @@ int vhmm_request_wait(struct vhmm_request *r)
 	int ret;
 
 	ret = vhmm_request_finish(r);
-	if (!r->failed)
+	if (vhmm_request_answered(r))
 		vhmm_count(dev, VHMM_TO_DEVICE_REQUESTS + op, 1);
 	if (ret)
 		return ret;

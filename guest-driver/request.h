@@ -20,7 +20,8 @@ struct vhmm_queue;
  * @queue: where it was submitted, NULL before
  * @done: completed once, by the queue, when the device has answered or can
  *	answer no more
- * @failed: the device did not answer; valid after @done
+ * @used: bytes of the response that the device wrote, 0 if it did not answer;
+ *	valid after @done
  * @max_frames: room for so many frames
  * @nr_frames: frames added so far
  * @nr_pages_sg: entries of @pages_sg in use
@@ -35,14 +36,14 @@ struct vhmm_queue;
  * @req: request head; its extents follow it
  *
  * Owned by one task, which is the only one to touch it, but for @done and
- * @failed. It and its buffers are one allocation, and must not be freed
+ * @used. It and its buffers are one allocation, and must not be freed
  * between vhmm_request_submit() and the return of vhmm_request_wait().
  */
 struct vhmm_request {
 	struct vhmm_device *dev;
 	struct vhmm_queue *queue;
 	struct completion done;
-	bool failed;
+	unsigned int used;
 	unsigned int max_frames;
 	unsigned int nr_frames;
 	unsigned int nr_pages_sg;
