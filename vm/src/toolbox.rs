@@ -174,7 +174,7 @@ impl Toolbox {
             .arg(directory)
             .arg(script);
         // The host's locale may not exist here.
-        command.env("LC_ALL", "C.UTF-8").env("TMPDIR", "/tmp");
+        command.env("LC_ALL", "C").env("TMPDIR", "/tmp");
         command
     }
 
