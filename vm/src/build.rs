@@ -80,15 +80,11 @@ impl Programs {
     /// The build fails.
     pub fn build_packages(&self, packages: &[&str]) -> Result<()> {
         let mut command = cargo();
-        command.args([
-            "build",
-            "--quiet",
-            "--bins",
-            "--target",
-            TARGET,
-            "--profile",
-            PROFILE,
-        ]);
+        command.args(["build", "--bins", "--target", TARGET, "--profile", PROFILE]);
+        // The first build takes a while and shows its progress.
+        if self.daemon().exists() {
+            command.arg("--quiet");
+        }
         for package in packages {
             command.args(["--package", package]);
         }
@@ -126,13 +122,12 @@ impl Programs {
     }
 }
 
-/// Copies the module's sources into `directory`.
+/// Copies the module's sources from the directory `from` into `directory`.
 ///
 /// # Errors
 /// They cannot be read, or the directory cannot be written.
-pub fn copy_module_sources(directory: &Path) -> Result<()> {
-    let from = module_sources();
-    for file in source_files(&from)? {
+pub fn copy_module_sources(from: &Path, directory: &Path) -> Result<()> {
+    for file in source_files(from)? {
         let to = directory.join(&file);
         if let Some(parent) = to.parent() {
             fs::create_dir_all(parent).at("create", parent)?;
@@ -142,7 +137,9 @@ pub fn copy_module_sources(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn module_sources() -> PathBuf {
+/// Directory of this checkout's kernel module.
+#[must_use]
+pub fn module_sources() -> PathBuf {
     paths::checkout().join("guest-driver")
 }
 
@@ -182,15 +179,15 @@ pub fn make_command(toolbox: &Toolbox, extra: &str) -> Result<String> {
     ))
 }
 
-/// Builds the kernel module unless these very sources were built for this very kernel.
+/// Builds the kernel module in `sources` unless these very files were built for
+/// this very kernel.
 ///
 /// # Errors
 /// The build fails.
-pub fn module(toolbox: &Toolbox, cache: &Cache, report: Report) -> Result<PathBuf> {
-    let sources = module_sources();
+pub fn module(sources: &Path, toolbox: &Toolbox, cache: &Cache, report: Report) -> Result<PathBuf> {
     let mut hasher = DefaultHasher::new();
     toolbox.root().hash(&mut hasher);
-    for file in source_files(&sources)? {
+    for file in source_files(sources)? {
         let path = sources.join(&file);
         (file, fs::read(&path).at("read", &path)?).hash(&mut hasher);
     }
@@ -210,7 +207,7 @@ pub fn module(toolbox: &Toolbox, cache: &Cache, report: Report) -> Result<PathBu
     let partial = directory.with_extension("partial");
     remove_all(&partial)?;
     fs::create_dir_all(&partial).at("create", &partial)?;
-    copy_module_sources(&partial)?;
+    copy_module_sources(sources, &partial)?;
     run_inside(&mut toolbox.enter(&partial, &make_command(toolbox, "")?))?;
     fs::rename(&partial, &directory).at("create", &directory)?;
     if module.exists() {

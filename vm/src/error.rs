@@ -67,6 +67,8 @@ pub enum Error {
     PoweredOff,
     #[error("the guest's kernel reported: {0}")]
     Kernel(String),
+    #[error("the guest's kernel died before its first program: {0}")]
+    Boot(String),
     #[error("the guest has been silent for {0} s")]
     Silent(u64),
     #[error("the run took longer than --timeout {0}s")]
@@ -101,7 +103,7 @@ impl Error {
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
-            Self::Kernel(_) => EXIT_KERNEL,
+            Self::Kernel(_) | Self::Boot(_) => EXIT_KERNEL,
             Self::Silent(_) | Self::Timeout(_) => EXIT_TIMEOUT,
             Self::Run { cause, .. } => cause.exit_status(),
             Self::Interrupted(signal) => u8::try_from(128 + signal).unwrap_or(EXIT_FAILURE),

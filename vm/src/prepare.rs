@@ -54,6 +54,9 @@ pub struct MachineOptions {
     /// Copy queues of the device
     #[arg(long, value_name = "N")]
     pub copy_queues: Option<u32>,
+    /// Build the driver from this directory instead of this checkout's guest-driver/
+    #[arg(long, value_name = "DIR")]
+    pub driver: Option<PathBuf>,
     /// Boot without the device and its driver
     #[arg(long, conflicts_with = "device_socket")]
     pub no_device: bool,
@@ -142,7 +145,9 @@ impl Prepared {
         let module = if options.no_device {
             None
         } else {
-            Some(build::module(&toolbox, &cache, report)?)
+            let own = build::module_sources();
+            let sources = options.driver.as_deref().unwrap_or(&own);
+            Some(build::module(sources, &toolbox, &cache, report)?)
         };
         let mut prepared = Self {
             options: options.clone(),
@@ -242,7 +247,20 @@ impl Prepared {
             _ if self.options.no_device => DeviceAt::Nowhere,
             _ => DeviceAt::Own(self.programs.daemon()),
         };
-        self.start(self.accelerator, job, device, limits, output)
+        match self.start(self.accelerator, job, device.clone(), limits, output) {
+            // Under TCG about one boot of fifty dies of an int3 that the kernel put into
+            // its own code and took out again; nothing of ours has run by then.
+            Err(Error::Run { logs, cause })
+                if self.accelerator == Accelerator::Tcg && matches!(*cause, Error::Boot(_)) =>
+            {
+                Report.line(&format!(
+                    "{cause}; trying once more (its log: {})",
+                    logs.display()
+                ));
+                self.start(self.accelerator, job, device, limits, output)
+            }
+            ended => ended,
+        }
     }
 
     fn start(

@@ -301,7 +301,12 @@ impl Watch {
             if let Some((complaint, since)) = &complained
                 && (qemu_end.is_some() || terminal.is_none() && since.elapsed() > LAST_WORDS)
             {
-                return Err(Error::Kernel(complaint.clone()));
+                let complaint = complaint.clone();
+                return Err(if kernel.is_empty() {
+                    Error::Boot(complaint)
+                } else {
+                    Error::Kernel(complaint)
+                });
             }
             if grown {
                 self.heard = Instant::now();

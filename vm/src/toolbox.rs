@@ -318,10 +318,8 @@ impl Apt {
             command.arg("-o").arg(option);
         }
         command.arg("-qq").arg("--yes").args(arguments);
-        // The host's own configuration stays out of it.
-        command
-            .env("APT_CONFIG", "/dev/null")
-            .env("LC_ALL", "C.UTF-8");
+        // The host's own configuration counts where it is not overridden: it may name a proxy.
+        command.env("LC_ALL", "C.UTF-8");
         command
     }
 
