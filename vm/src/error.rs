@@ -84,7 +84,7 @@ pub enum Error {
     #[error("ended by signal {0}")]
     Interrupted(i32),
     /// Anything that happened once the machine was to start.
-    #[error("{cause}")]
+    #[error("{}", with_sources(cause))]
     Run { logs: PathBuf, cause: Box<Error> },
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -375,17 +376,23 @@ fn read_guest(listener: &UnixListener, forward_input: bool, to_self: &Sender<io:
         }
     };
     loop {
-        let event = match receive(&mut guest) {
+        let event: io::Result<Event> = match receive(&mut guest) {
             Ok(Some(event)) => Ok(event),
             // QEMU is gone; how is seen from its exit status.
             Ok(None) => return,
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return,
             Err(error) => Err(error),
         };
-        if to_self.send(event).is_err() {
-            return;
+        let last = !matches!(
+            event,
+            Ok(Event::Boot { .. } | Event::Driver | Event::Alive | Event::Output { .. })
+        );
+        if to_self.send(event).is_err() || last {
+            break;
         }
     }
+    // The guest waits for this before it powers off.
+    let _ = guest.get_ref().shutdown(Shutdown::Both);
 }
 
 /// Sends standard input to the guest; the guest's end of the socket going away ends it.

@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -88,33 +88,36 @@ fn guest() -> Result<(), Error> {
 
     let port = open_port()?;
     let mut to_host = port.try_clone().map_err(Error::Port)?;
-    if let Err(error) = session(port) {
-        send(
-            &mut to_host,
-            &Event::Error {
-                message: with_sources(&error),
-            },
-        )
-        .map_err(Error::Port)?;
+    let (input, from_host) = mpsc::sync_channel(1);
+    let (told, host_knows) = mpsc::channel::<()>();
+    thread::spawn(move || {
+        read_host(port, &input);
+        drop(told);
+    });
+    if let Err(error) = session(&mut to_host, from_host) {
+        let message = with_sources(&error);
+        send(&mut to_host, &Event::Error { message }).map_err(Error::Port)?;
     }
+    // What was written to the port may still be on its way: the host closes its
+    // end when it has the last event.
+    let _ = host_knows.recv_timeout(DEVICE_WAIT);
     Ok(())
 }
 
-fn session(port: File) -> Result<(), Error> {
+fn session(to_host: &mut File, from_host: Receiver<Vec<u8>>) -> Result<(), Error> {
     let (events, queue) = mpsc::channel();
     let order: Order = serde_json::from_slice(
         &fs::read(ORDER_PATH).map_err(|source| Error::Read(ORDER_PATH, source))?,
     )
     .map_err(|source| Error::Read(ORDER_PATH, source.into()))?;
 
-    let mut to_host = port.try_clone().map_err(Error::Port)?;
-    send(&mut to_host, &boot_event()?).map_err(Error::Port)?;
+    send(to_host, &boot_event()?).map_err(Error::Port)?;
     if let Some(driver) = &order.driver {
         load(driver)?;
-        send(&mut to_host, &Event::Driver).map_err(Error::Port)?;
+        send(to_host, &Event::Driver).map_err(Error::Port)?;
     }
 
-    let pid = match start(&order, port, &events) {
+    let pid = match start(&order, from_host, &events) {
         Ok(child) => child.id(),
         // As a shell does: 127 for a program that is not there, 126 for one that cannot run.
         Err(Error::Start(program, source)) => {
@@ -125,7 +128,7 @@ fn session(port: File) -> Result<(), Error> {
             };
             let data = Bytes(format!("hmm-init: {program}: {source}\n").into_bytes());
             send(
-                &mut to_host,
+                to_host,
                 &Event::Output {
                     stream: Stream::Stderr,
                     data,
@@ -133,7 +136,7 @@ fn session(port: File) -> Result<(), Error> {
             )
             .map_err(Error::Port)?;
             return send(
-                &mut to_host,
+                to_host,
                 &Event::Exit {
                     status: Some(status),
                     signal: None,
@@ -159,18 +162,18 @@ fn session(port: File) -> Result<(), Error> {
             Duration::from_secs(ALIVE_SECONDS)
         };
         match queue.recv_timeout(patience) {
-            Ok(event @ Event::Output { .. }) => send(&mut to_host, &event).map_err(Error::Port)?,
+            Ok(event @ Event::Output { .. }) => send(to_host, &event).map_err(Error::Port)?,
             Ok(event) => end = Some(event),
             Err(RecvTimeoutError::Timeout) if end.is_none() => {}
             Err(_) => break,
         }
         if alive.elapsed().as_secs() >= ALIVE_SECONDS {
-            send(&mut to_host, &Event::Alive).map_err(Error::Port)?;
+            send(to_host, &Event::Alive).map_err(Error::Port)?;
             alive = Instant::now();
         }
     }
     send(
-        &mut to_host,
+        to_host,
         &end.unwrap_or(Event::Error {
             message: "the command is lost".into(),
         }),
@@ -236,7 +239,11 @@ fn load(driver: &Driver) -> Result<(), Error> {
     Ok(())
 }
 
-fn start(order: &Order, port: File, events: &Sender<Event>) -> Result<Child, Error> {
+fn start(
+    order: &Order,
+    from_host: Receiver<Vec<u8>>,
+    events: &Sender<Event>,
+) -> Result<Child, Error> {
     let (program, arguments) = order.command.split_first().ok_or(Error::NoCommand)?;
     let mut command = match order.terminal {
         // A shell needs a controlling terminal for its job control.
@@ -266,7 +273,7 @@ fn start(order: &Order, port: File, events: &Sender<Event>) -> Result<Child, Err
         .map_err(|source| Error::Start(program.clone(), source))?;
 
     if let Some(stdin) = child.stdin.take() {
-        thread::spawn(move || copy_input(port, stdin));
+        thread::spawn(move || copy_input(&from_host, stdin));
     }
     if let Some(stdout) = child.stdout.take() {
         let events = events.clone();
@@ -297,9 +304,17 @@ fn console(terminal: Terminal) -> Result<[File; 3], Error> {
     Ok([file, open()?, open()?])
 }
 
-fn copy_input(port: File, mut stdin: impl Write) {
+/// Hands on the host's input until the host closes its end of the port.
+fn read_host(port: File, input: &SyncSender<Vec<u8>>) {
     let mut port = BufReader::new(port);
     while let Ok(Some(Input { data: Bytes(data) })) = receive(&mut port) {
+        // A command that has ended takes no more input, and misses none.
+        let _ = input.send(data);
+    }
+}
+
+fn copy_input(from_host: &Receiver<Vec<u8>>, mut stdin: impl Write) {
+    while let Ok(data) = from_host.recv() {
         if data.is_empty() || stdin.write_all(&data).is_err() {
             return;
         }

@@ -135,13 +135,14 @@ pub fn send<T: Serialize>(port: &mut impl Write, message: &T) -> io::Result<()> 
     port.flush()
 }
 
-/// Reads one message; `None` at the end of the stream.
+/// Reads one message; `None` at the end of the stream, also in the middle of a line.
 ///
 /// # Errors
 /// The stream could not be read, or its next line is no such message.
 pub fn receive<T: for<'de> Deserialize<'de>>(port: &mut impl BufRead) -> io::Result<Option<T>> {
     let mut line = Vec::new();
-    if port.read_until(b'\n', &mut line)? == 0 {
+    port.read_until(b'\n', &mut line)?;
+    if line.last() != Some(&b'\n') {
         return Ok(None);
     }
     Ok(Some(serde_json::from_slice(&line)?))
@@ -170,5 +171,11 @@ mod tests {
     fn a_line_that_is_no_message_is_an_error() {
         assert!(receive::<Event>(&mut b"{\"event\":\"x\"}\n".as_slice()).is_err());
         assert!(receive::<Input>(&mut b"{\"data\":\"?\"}\n".as_slice()).is_err());
+    }
+
+    #[test]
+    fn a_stream_that_ends_in_a_line_just_ends() {
+        let cut = b"{\"data\":\"aG".as_slice();
+        assert_eq!(receive::<Input>(&mut { cut }).unwrap(), None);
     }
 }
