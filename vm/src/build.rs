@@ -196,7 +196,7 @@ pub fn module(sources: &Path, toolbox: &Toolbox, cache: &Cache, report: Report) 
     if module.exists() {
         return Ok(module);
     }
-    let _lock = cache.lock(&report)?;
+    let _lock = cache.lock(report)?;
     if module.exists() {
         return Ok(module);
     }

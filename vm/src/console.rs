@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-/// Beginnings and parts of kernel messages that mean the run is lost.
-const COMPLAINTS: [&str; 16] = [
+/// Parts of kernel messages that mean the run is lost.
+const COMPLAINTS: [&str; 19] = [
     "Kernel panic",
     "BUG:",
     "kernel BUG at",
@@ -22,9 +22,10 @@ const COMPLAINTS: [&str; 16] = [
     "suspicious RCU usage",
     "blocked for more than",
     "self-detected stall",
+    "detected stalls on CPUs",
+    "soft lockup",
+    "hard LOCKUP",
 ];
-/// The same, where the first words vary.
-const STALLS: [&str; 3] = ["soft lockup", "hard LOCKUP", "detected stalls on CPUs"];
 
 /// What the kernel complains of in this line of the console, if it does.
 ///
@@ -35,7 +36,6 @@ pub fn complaint(line: &str) -> Option<&str> {
     let message = kernel_message(line)?;
     COMPLAINTS
         .iter()
-        .chain(&STALLS)
         .any(|sign| message.contains(sign))
         .then_some(message)
 }

@@ -163,12 +163,12 @@ pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
         Stream::Stderr => pass_on(Stream::Stderr, data),
     })?;
     let (Some(summary), Some(counters)) = (lines.summary, finished.counters) else {
-        return Err(Error::Stress(format!("{:?}", finished.end)));
+        return Err(Error::Stress(finished.end));
     };
     let mut demo = Demo::new(&summary, &counters);
     // Status 1 is a failed scenario, which the summary tells better.
     if !matches!(finished.end, End::Status(0 | 1)) {
-        return Err(Error::Stress(format!("{:?}", finished.end)));
+        return Err(Error::Stress(finished.end));
     }
     if finished.end != End::Status(0) && demo.passed() {
         demo.scenarios_failed += 1;

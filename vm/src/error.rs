@@ -4,6 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
+use crate::run::End;
+
 /// Status of a run that ended at a limit of time, as timeout(1) has it.
 pub const EXIT_TIMEOUT: u8 = 124;
 /// Status of a run whose guest kernel complained.
@@ -77,8 +79,8 @@ pub enum Error {
     Init(String),
     #[error("the guest sent a line that is no message")]
     Protocol(#[source] io::Error),
-    #[error("the stress program ended early: {0}")]
-    Stress(String),
+    #[error("the stress program ended early, with status {}", .0.exit_status())]
+    Stress(End),
     #[error("the device daemon's control socket answered: {0}")]
     Control(String),
     #[error("ended by signal {0}")]

@@ -107,7 +107,7 @@ impl Cache {
     ///
     /// # Errors
     /// The cache cannot be written.
-    pub fn lock(&self, report: &Report) -> Result<File> {
+    pub fn lock(&self, report: Report) -> Result<File> {
         fs::create_dir_all(&self.root).at("create", &self.root)?;
         let path = self.lock_file();
         let file = File::create(&path).at("create", &path)?;

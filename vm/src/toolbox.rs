@@ -20,7 +20,7 @@ use serde::Deserialize;
 
 use crate::error::{Error, FileContext, Result};
 use crate::paths::{self, Cache};
-use crate::process::{self, capture};
+use crate::process::capture;
 use crate::profile::read_toml;
 use crate::report::Report;
 
@@ -81,7 +81,7 @@ impl Toolbox {
         if self.is_made() {
             return Ok(());
         }
-        let _lock = cache.lock(&report)?;
+        let _lock = cache.lock(report)?;
         if self.is_made() {
             return Ok(());
         }
@@ -190,7 +190,7 @@ impl Toolbox {
         report: Report,
     ) -> Result<()> {
         let recipe = recipe()?;
-        let _lock = cache.lock(&report)?;
+        let _lock = cache.lock(report)?;
         let wanted = |name: &String| Path::new(name).file_name().map(|name| directory.join(name));
         let there = recipe
             .source
@@ -481,7 +481,7 @@ pub fn check_namespaces() -> Result<()> {
 
 /// Runs a command in a toolbox; a failure to enter it is told from one of the command.
 pub(crate) fn run_inside(command: &mut Command) -> Result<String> {
-    match process::capture(command) {
+    match capture(command) {
         Err(error) => check_namespaces().and(Err(error)),
         output => output,
     }
