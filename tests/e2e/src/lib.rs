@@ -12,8 +12,12 @@ use hmm_vm::build::Programs;
 use hmm_vm::daemon::{Counters, counters};
 use hmm_vm::error::with_sources;
 use hmm_vm::testing::TOOL_VARIABLE;
+use libtest_mimic::{Failed, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+
+/// Why plain `cargo test` does not run a test.
+pub const NEEDS_VM: &str = "boots a VM: cargo vm test";
 
 /// Result of a test's step; the text says what went wrong.
 pub type Result<T = (), E = Failure> = std::result::Result<T, E>;
@@ -29,6 +33,16 @@ impl<E: std::error::Error> From<E> for Failure {
     fn from(error: E) -> Self {
         Self(with_sources(&error))
     }
+}
+
+/// A test that boots a VM.
+#[must_use]
+pub fn trial(name: &str, body: impl FnOnce() -> Result + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        body().map_err(|Failure(text)| Failed::from(text))
+    })
+    .with_kind(NEEDS_VM)
+    .with_ignored_flag(true)
 }
 
 /// Fails with a message unless the condition holds.

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use hmm_e2e::{Daemon, Failure, Result, Running, check, vm, wait_until};
+use hmm_e2e::{Daemon, Failure, NEEDS_VM, Result, Running, check, trial, vm, wait_until};
 use hmm_hold::HELD;
 use hmm_stress::report::{Case, Line, Summary, Verdict};
 use hmm_vm::build::Programs;
@@ -83,14 +83,6 @@ fn main() {
         trials.push(guest_trial("stress", name, stress));
     }
     libtest_mimic::run(&arguments, trials).exit();
-}
-
-fn trial(name: &str, body: impl FnOnce() -> Result + Send + 'static) -> Trial {
-    Trial::test(name, move || {
-        body().map_err(|Failure(text)| Failed::from(text))
-    })
-    .with_kind("boots a VM: cargo vm test")
-    .with_ignored_flag(true)
 }
 
 fn exit_status_passes_through() -> Result {
@@ -493,7 +485,7 @@ fn guest_trial(group: &str, name: &'static str, boot: fn() -> Result<&'static Sh
         }
     };
     Trial::ignorable_test(format!("{group}::{name}"), body)
-        .with_kind("boots a VM: cargo vm test")
+        .with_kind(NEEDS_VM)
         .with_ignored_flag(true)
 }
 

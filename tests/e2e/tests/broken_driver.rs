@@ -1,0 +1,73 @@
+//! The contract tests can fail: each patch in `broken-driver/` breaks one clause in a copy of
+//! the driver, and names the test that has to notice.
+
+#![allow(
+    missing_docs,
+    reason = "the names of the tests say what they are about"
+)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use hmm_e2e::{Result, check, trial, vm};
+use hmm_vm::build::{copy_module_sources, module_sources};
+use libtest_mimic::Arguments;
+
+fn main() -> Result {
+    let mut arguments = Arguments::from_args();
+    // Each boots a machine with as many CPUs as this one has.
+    arguments.test_threads.get_or_insert(1);
+    let mut patches: Vec<PathBuf> = Vec::new();
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("broken-driver"))? {
+        patches.push(entry?.path());
+    }
+    patches.sort();
+    let trials = patches
+        .into_iter()
+        .map(|patch| {
+            let name = patch.file_stem().unwrap_or_default().to_string_lossy();
+            trial(&format!("broken_driver::{name}"), move || {
+                is_noticed(&patch)
+            })
+        })
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn is_noticed(patch: &Path) -> Result {
+    let text = fs::read_to_string(patch)?;
+    let test = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Fails: "))
+        .unwrap_or_default();
+    check(hmm_stress::contract::NAMES.contains(&test), || {
+        format!("there is no contract test {test:?}")
+    })?;
+
+    let driver = tempfile::tempdir()?;
+    copy_module_sources(&module_sources(), driver.path())?;
+    let applied = Command::new("git")
+        .args(["apply", "-p0"])
+        .arg(patch)
+        .current_dir(driver.path())
+        .env("GIT_CEILING_DIRECTORIES", driver.path())
+        .output()?;
+    check(applied.status.success(), || {
+        String::from_utf8_lossy(&applied.stderr).into_owned()
+    })?;
+
+    let run = vm(&["run", "--timeout", "150s", "--driver"])?
+        .with([driver.path()])
+        .with(["--", "hmm-stress", "contract", test])
+        .finish()?;
+    // The test failed, ran into its deadline, or the guest's kernel complained or hung.
+    check(matches!(run.status(), 1 | 3 | 123 | 124), || {
+        format!(
+            "status {}, not that of a failed test:\n{}{}",
+            run.status(),
+            run.text(),
+            run.errors()
+        )
+    })
+}
