@@ -18,6 +18,8 @@ use hmm_vm::build::Programs;
 use hmm_vm::daemon::Counters;
 use hmm_vm::demo::sides;
 use hmm_vm::initramfs::MODULE_PATH;
+use hmm_vm::paths::Cache;
+use hmm_vm::toolbox::Toolbox;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::process::{Signal, test_kill_process};
 
@@ -49,6 +51,8 @@ fn main() {
             "driver_unload_brings_pages_home",
             driver_unload_brings_pages_home,
         ),
+        trial("swapped_pages_stay_in_swap", swapped_pages_stay_in_swap),
+        trial("tracepoints_tell_what_the_driver_does", tracepoints_tell),
         trial("killed_daemon_ends_the_run", killed_daemon_ends_the_run),
         trial("killed_daemon_ends_the_demo", killed_daemon_ends_the_demo),
         trial(
@@ -218,6 +222,51 @@ fn driver_unload_brings_pages_home() -> Result {
         run.text().contains("all 4096 pages are as they were"),
         || run.text(),
     )
+}
+
+/// Debian's kernel has zram as a module.
+fn swapped_pages_stay_in_swap() -> Result {
+    let toolbox = Toolbox::place(&Cache::locate()?)?;
+    let kernel = toolbox
+        .root()
+        .join("usr/lib/modules")
+        .join(toolbox.release()?)
+        .join("kernel");
+    let script = "for module in lz4hc_compress zram; do
+            unxz $module.ko.xz && insmod $module.ko || exit 91
+        done
+        echo 128M > /sys/block/zram0/disksize
+        mkswap /dev/zram0 && swapon /dev/zram0 || exit 92
+        hmm-stress run swapped --duration 3s --json";
+    let run = vm(&["run", "--with"])?
+        .with([kernel.join("lib/lz4/lz4hc_compress.ko.xz"), "--with".into()])
+        .with([kernel.join("drivers/block/zram/zram.ko.xz")])
+        .with(["--", "sh", "-c", script])
+        .finish()?;
+    run.expect_status(0)?;
+    check(run.text().contains(r#""result":"pass""#), || run.text())
+}
+
+fn tracepoints_tell() -> Result {
+    let script = "cd /sys/kernel/tracing || exit 91
+        echo 1 > events/virtio_hmm/enable || exit 92
+        hmm-stress contract s6_every_other_page_touched >&2 || exit 93
+        cat trace";
+    let run = vm(&["run", "--", "sh", "-c", script])?.finish()?;
+    run.expect_status(0)?;
+    for event in [
+        "vhmm_migrate_begin: hmm0 start=0x",
+        "direction=to_device trigger=ioctl done=",
+        "vhmm_cpu_fault: hmm0 address=0x",
+        "vhmm_copy_submit: hmm0 cookie=",
+        "vhmm_copy_complete: hmm0 cookie=",
+        "op=0x3 status=0",
+    ] {
+        check(run.text().contains(event), || {
+            format!("no {event:?} in the trace")
+        })?;
+    }
+    Ok(())
 }
 
 fn killed_daemon_ends_the_run() -> Result {

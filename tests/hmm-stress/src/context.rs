@@ -262,7 +262,7 @@ impl Context {
         &self,
         region: &Region,
         pages: Range<usize>,
-        expected: impl Fn(usize) -> Residency,
+        mut expected: impl FnMut(usize) -> Residency,
     ) -> Result<(), Failure> {
         let seen = self.device.query(region.range(pages.clone()))?;
         for (page, seen) in pages.zip(seen) {

@@ -187,6 +187,14 @@ impl Region {
         self.advise(pages, libc::MADV_DONTNEED)
     }
 
+    /// Ask the kernel to swap `pages` out.
+    ///
+    /// # Errors
+    /// madvise fails.
+    pub fn page_out(&self, pages: Range<usize>) -> Result<(), Failure> {
+        self.advise(pages, libc::MADV_PAGEOUT)
+    }
+
     fn advise(&self, pages: Range<usize>, advice: libc::c_int) -> Result<(), Failure> {
         let range = self.clamped(pages);
         // SAFETY: the range lies in this mapping, whose words are only seen as atomics,

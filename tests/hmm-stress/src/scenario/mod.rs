@@ -11,6 +11,7 @@ mod processes;
 mod random_access;
 mod signals;
 mod sparse;
+mod swapped;
 
 pub(crate) use huge_pages::available as transparent_huge_pages;
 
@@ -91,6 +92,12 @@ pub const ALL: &[Scenario] = &[
         about: "signals interrupt long migrations, which tell how far they came",
         weight: 1,
         run: signals::run,
+    },
+    Scenario {
+        name: "swapped",
+        about: "pages in swap stay there until they are touched (needs swap)",
+        weight: 0,
+        run: swapped::run,
     },
     Scenario {
         name: "ioctl-errors",
