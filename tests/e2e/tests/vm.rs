@@ -59,6 +59,7 @@ fn main() {
             "dead_device_is_sigbus_for_its_pages_only",
             dead_device_is_sigbus,
         ),
+        trial("lost_pages_outlive_an_unbound_device", lost_pages_outlive),
         trial("guest_panic_is_found", guest_panic_is_found),
         trial("guest_warning_is_found", guest_warning_is_found),
         trial("silent_guest_is_ended", silent_guest_is_ended),
@@ -324,6 +325,35 @@ fn dead_device_is_sigbus() -> Result {
     check(run.text() == "holder 135\n1000000\nothers go on\n", || {
         run.text()
     })
+}
+
+/// The driver cannot go while a process maps lost pages, but its device can.
+fn lost_pages_outlive() -> Result {
+    let script = hold_script(&format!(
+        "echo held; read line
+         # Somebody has to notice.
+         hmm-stress contract s6_single_hole >/dev/null 2>&1 && exit 96
+         rmmod virtio_hmm 2>/dev/null && exit 97
+         cd /sys/bus/virtio/drivers/virtio_hmm
+         echo virtio*[0-9] > unbind || exit 98
+         [ ! -e /dev/hmm0 ] || exit 92
+         touch {GO}; wait $holder; echo holder $?
+         n=0; until rmmod virtio_hmm 2>/dev/null; do
+             n=$((n + 1)); [ $n -lt 100 ] || exit 99; sleep 0.1
+         done
+         echo unloaded"
+    ));
+    let mut run = vm(&["run", "--device-may-die"])?
+        .with(hold_options()?)
+        .with(["--", "sh", "-c", &script])
+        .listening()
+        .launch()?;
+    run.wait_for_line("held")?;
+    run.kill("vhost-device-hmm", Signal::KILL)?;
+    run.say(b"\n")?;
+    let run = run.finish()?;
+    run.expect_status(0)?;
+    check(run.text() == "holder 135\nunloaded\n", || run.text())
 }
 
 fn guest_panic_is_found() -> Result {
