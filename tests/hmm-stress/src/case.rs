@@ -65,7 +65,7 @@ pub fn run(
     log: &mut Option<KernelLog>,
     deadline: Duration,
     late: impl FnOnce(Case) + Send + 'static,
-    body: fn(&Context) -> Result<(), Failure>,
+    body: impl FnOnce(&Context) -> Result<(), Failure>,
 ) -> Case {
     let start = Instant::now();
     let before = Counts::now();
@@ -124,7 +124,7 @@ fn supervise(
     context: &Context,
     log: &mut Option<KernelLog>,
     sigbus: u64,
-    body: fn(&Context) -> Result<(), Failure>,
+    body: impl FnOnce(&Context) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let free = context.free()?;
     let before = Snapshot::take(context)?;

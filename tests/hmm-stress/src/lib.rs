@@ -4,7 +4,7 @@
 //! [`scenario`] goes on for a given time; a [`contract`] test shows one clause
 //! of the `migrate_vma` contract. After each, [`case`] checks that no device
 //! memory was lost, that the driver's counters are the device's, and that the
-//! kernel did not complain. [`report`] has the lines that the program prints.
+//! kernel did not complain. [`model`] makes its operations up. [`report`] has the lines that the program prints.
 
 #![allow(
     clippy::indexing_slicing,
@@ -18,6 +18,7 @@ pub mod contract;
 pub mod failure;
 pub mod hold;
 pub mod kernel_log;
+pub mod model;
 pub mod pattern;
 pub mod process;
 pub mod region;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -13,6 +13,7 @@ use hmm_stress::context::Context;
 use hmm_stress::contract::{self, Test};
 use hmm_stress::failure::Failure;
 use hmm_stress::kernel_log::KernelLog;
+use hmm_stress::model;
 use hmm_stress::pattern::mix;
 use hmm_stress::report::{Case, Line, Listed, Summary, Verdict};
 use hmm_stress::scenario::{self, Scenario};
@@ -24,6 +25,9 @@ const TEST_DEADLINE: Duration = Duration::from_secs(120);
 
 /// How long a scenario may take beside its duration.
 const SCENARIO_DEADLINE: Duration = Duration::from_secs(90);
+
+/// How long a step of the model checker may take, on average.
+const MODEL_STEP: Duration = Duration::from_millis(100);
 
 #[derive(Parser)]
 #[command(version, about)]
@@ -66,6 +70,20 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// Compare random operations of several processes with a model of their memory
+    Model {
+        #[command(flatten)]
+        common: Common,
+        /// Steps of a script
+        #[arg(long, default_value_t = 2000)]
+        steps: usize,
+        /// Go on with scripts of further seeds for this time
+        #[arg(long, default_value = "0s", value_parser = parse_duration)]
+        duration: Duration,
+        /// Run the script in this file instead; - is standard input
+        #[arg(long, value_name = "FILE")]
+        replay: Option<PathBuf>,
+    },
 }
 
 #[derive(Args)]
@@ -100,6 +118,15 @@ fn main() -> ExitCode {
                 let run = Run::new(&common, 2, 64 << 20, 0, Style::Ktap)?;
                 run.tests(&selected)
             }),
+        Command::Model {
+            common,
+            steps,
+            duration,
+            replay,
+        } => read_script(replay.as_deref()).and_then(|script| {
+            let size = model::PAGES * PAGE_SIZE;
+            Run::new(&common, 1, size, 0, Style::Lines)?.model(script, steps, duration)
+        }),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -109,6 +136,23 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+/// The script to replay, if there is one.
+fn read_script(path: Option<&Path>) -> Result<Option<Vec<model::Step>>, Failure> {
+    let Some(path) = path else {
+        return Ok(None);
+    };
+    let text = if path.as_os_str() == "-" {
+        io::read_to_string(io::stdin())
+    } else {
+        fs::read_to_string(path)
+    };
+    let text = text.map_err(|source| Failure::System {
+        call: "reading the script",
+        source,
+    })?;
+    model::read_script(&text).map(Some).map_err(Failure::Broken)
 }
 
 /// The named items, or all.
@@ -248,11 +292,29 @@ impl Run {
         self.finish()
     }
 
+    fn model(
+        mut self,
+        script: Option<Vec<model::Step>>,
+        steps: usize,
+        duration: Duration,
+    ) -> Result<bool, Failure> {
+        self.context.duration = duration;
+        let seed = self.seed;
+        let each = MODEL_STEP * u32::try_from(steps).unwrap_or(u32::MAX);
+        let deadline = SCENARIO_DEADLINE + model::SHRINK_TIME + each + 10 * duration;
+        let body = move |context: &Context| match script {
+            Some(script) => model::replay(context, &script),
+            None => model::explore(context, seed, steps),
+        };
+        self.case("model", deadline, body, Line::Scenario);
+        self.finish()
+    }
+
     fn case(
         &mut self,
         name: &str,
         deadline: Duration,
-        body: fn(&Context) -> Result<(), Failure>,
+        body: impl FnOnce(&Context) -> Result<(), Failure>,
         line: impl FnOnce(Case) -> Line + Clone + Send + 'static,
     ) {
         // The choices of a scenario do not depend on which others run.
