@@ -4,7 +4,8 @@
 //! [`scenario`] goes on for a given time; a [`contract`] test shows one clause
 //! of the `migrate_vma` contract. After each, [`case`] checks that no device
 //! memory was lost, that the driver's counters are the device's, and that the
-//! kernel did not complain. [`model`] makes its operations up. [`report`] has the lines that the program prints.
+//! kernel did not complain. The [`model`] checker makes its operations up.
+//! [`report`] has the lines that the program prints.
 
 #![allow(
     clippy::indexing_slicing,

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::ptr;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::generate::read_all;
@@ -249,11 +250,14 @@ impl Actor {
                 self.say(Ok(0));
                 self.serve(context, memory)
             }
-            Err(failure) => {
-                self.say(Err(failure));
-                exit()
-            }
+            Err(failure) => self.give_up(failure),
         }
+    }
+
+    /// Say why this process cannot live, and end.
+    fn give_up(&mut self, failure: Failure) -> ! {
+        self.say(Err(failure));
+        exit()
     }
 
     /// End with the controlling process, and open the device: a file that was inherited
@@ -272,7 +276,7 @@ impl Actor {
                 Operation::Exit => exit(),
                 Operation::Fork(child) => self.fork(child, &mut context),
                 operation => {
-                    let sigbus = || counts().sigbus.load(std::sync::atomic::Ordering::Relaxed);
+                    let sigbus = || counts().sigbus.load(Ordering::Relaxed);
                     let before = sigbus();
                     let result = memory.perform(context.as_ref(), operation, step.pages);
                     require!(sigbus() == before, "SIGBUS");
@@ -311,7 +315,10 @@ impl Actor {
             -1 => Err(Failure::system("clone")),
             0 => {
                 self.number = child;
-                *context = self.settle_in(context.as_ref())?;
+                match self.settle_in(context.as_ref()) {
+                    Ok(own) => *context = own,
+                    Err(failure) => self.give_up(failure),
+                }
                 // SAFETY: the call has no arguments and cannot fail.
                 Ok(Some(unsafe { libc::getpid() }))
             }

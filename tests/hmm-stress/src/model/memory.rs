@@ -130,7 +130,7 @@ impl Memory {
                 if let Some((offset, expected, seen)) = first_difference(expected, seen) {
                     counts().mismatches.fetch_add(1, Ordering::Relaxed);
                     return Err(Failure::Broken(format!(
-                        "mismatch in page {page}, byte {}: expected {expected:#04x} of {:?}, saw \
+                        "mismatch in page {page}, byte {}: expected {expected:#04x} of {}, saw \
                          {seen:#04x}",
                         index * 8 + offset,
                         model.contents,
@@ -177,7 +177,7 @@ impl Memory {
         for (page, seen) in pages.zip(seen) {
             require!(
                 self.state.may_be(page, seen),
-                "page {page} cannot be at {seen:?}: {:?}",
+                "page {page} is at {seen:?}, where it cannot be: {:?}",
                 self.state.page(page)
             );
         }

@@ -1,5 +1,6 @@
 //! What the memory of a process must be.
 
+use std::fmt;
 use std::ops::Range;
 
 use virtio_hmm_client::Residency;
@@ -34,6 +35,17 @@ impl Contents {
             let poked = self.poked.filter(|_| index == POKED);
             poked.map_or(word, poke)
         })
+    }
+}
+
+impl fmt::Display for Contents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.generation {
+            UNTOUCHED => write!(f, "zeroes")?,
+            generation => write!(f, "generation {generation} of page {}", self.page)?,
+        }
+        let poked = self.poked;
+        poked.map_or(Ok(()), |poked| write!(f, " with {poked} in one word"))
     }
 }
 
