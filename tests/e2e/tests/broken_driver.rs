@@ -1,5 +1,6 @@
 //! The contract tests can fail: each patch in `broken-driver/` breaks one clause in a copy of
-//! the driver, and names the test that has to notice.
+//! the driver, and names the test that has to notice. The model checker has to find one of them
+//! by itself.
 
 #![allow(
     missing_docs,
@@ -13,17 +14,20 @@ use std::process::Command;
 use hmm_e2e::{Result, check, trial, vm};
 use hmm_vm::build::{copy_module_sources, module_sources};
 use libtest_mimic::Arguments;
+use tempfile::TempDir;
+
+const PATCHES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/broken-driver");
 
 fn main() -> Result {
     let mut arguments = Arguments::from_args();
     // Each boots a machine with as many CPUs as this one has.
     arguments.test_threads.get_or_insert(1);
     let mut patches: Vec<PathBuf> = Vec::new();
-    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("broken-driver"))? {
+    for entry in fs::read_dir(PATCHES)? {
         patches.push(entry?.path());
     }
     patches.sort();
-    let trials = patches
+    let mut trials: Vec<_> = patches
         .into_iter()
         .map(|patch| {
             let name = patch.file_stem().unwrap_or_default().to_string_lossy();
@@ -32,6 +36,10 @@ fn main() -> Result {
             })
         })
         .collect();
+    trials.push(trial(
+        "broken_driver::model_checker_finds_and_shrinks",
+        model_checker_finds,
+    ));
     libtest_mimic::run(&arguments, trials).exit();
 }
 
@@ -45,18 +53,7 @@ fn is_noticed(patch: &Path) -> Result {
         format!("there is no contract test {test:?}")
     })?;
 
-    let driver = tempfile::tempdir()?;
-    copy_module_sources(&module_sources(), driver.path())?;
-    let applied = Command::new("git")
-        .args(["apply", "-p0"])
-        .arg(patch)
-        .current_dir(driver.path())
-        .env("GIT_CEILING_DIRECTORIES", driver.path())
-        .output()?;
-    check(applied.status.success(), || {
-        String::from_utf8_lossy(&applied.stderr).into_owned()
-    })?;
-
+    let driver = broken_driver(patch)?;
     let run = vm(&["run", "--timeout", "150s", "--driver"])?
         .with([driver.path()])
         .with(["--", "hmm-stress", "contract", test])
@@ -70,4 +67,38 @@ fn is_noticed(patch: &Path) -> Result {
             run.errors()
         )
     })
+}
+
+/// A page that was never written is not cleared on its way to the device.
+fn model_checker_finds() -> Result {
+    let driver = broken_driver(&Path::new(PATCHES).join("s6-does-not-fill.patch"))?;
+    let script = "hmm-stress model --seed 1 --steps 500 >&2; [ $? = 1 ] || exit 91
+        hmm-stress model --replay hmm-model-1 >&2; [ $? = 1 ] || exit 92
+        grep -v '^#' hmm-model-1";
+    let run = vm(&["run", "--timeout", "150s", "--driver"])?
+        .with([driver.path()])
+        .with(["--", "sh", "-c", script])
+        .finish()?;
+    run.expect_status(0)?;
+    let script = run.text();
+    check(
+        script.lines().count() <= 3 && script.contains("to-device"),
+        || script.clone(),
+    )
+}
+
+/// A copy of the driver with `patch` applied.
+fn broken_driver(patch: &Path) -> Result<TempDir> {
+    let driver = tempfile::tempdir()?;
+    copy_module_sources(&module_sources(), driver.path())?;
+    let applied = Command::new("git")
+        .args(["apply", "-p0"])
+        .arg(patch)
+        .current_dir(driver.path())
+        .env("GIT_CEILING_DIRECTORIES", driver.path())
+        .output()?;
+    check(applied.status.success(), || {
+        String::from_utf8_lossy(&applied.stderr).into_owned()
+    })?;
+    Ok(driver)
 }
