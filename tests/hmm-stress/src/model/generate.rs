@@ -13,14 +13,22 @@ const HOT: Range<usize> = PMD_PAGES - 16..PMD_PAGES + 16;
 /// Steps after which all processes compare all their memory.
 const CHECK_EVERY: usize = 128;
 
-/// A script of `steps` steps, and those that compare everything; the same for the same
-/// seed.
+/// A script of `steps` steps, beside those that compare everything; the same for the same
+/// seed. Half of all seeds have huge pages from the start.
 #[must_use]
 pub fn generate(seed: u64, steps: usize) -> Vec<Step> {
     let mut random = Rng::with_seed(seed);
     let mut alive = [false; PROCESSES];
     alive[0] = true;
     let mut script = Vec::new();
+    // Later there is hardly a mapping left that is large enough.
+    if random.bool() {
+        script.push(Step {
+            process: 0,
+            operation: Operation::Huge,
+            pages: 0..PAGES,
+        });
+    }
     for number in 1..=steps {
         let living: Vec<usize> = (0..PROCESSES).filter(|&p| alive[p]).collect();
         let process = living[random.usize(0..living.len())];
@@ -87,6 +95,8 @@ fn step(random: &mut Rng, process: usize, number: usize, alive: &[bool; PROCESSE
     };
     let pages = match operation {
         Operation::Fork(_) | Operation::Exit => 0..0,
+        // No other range can become a huge page.
+        Operation::Huge | Operation::Collapse => pmd(random),
         _ => pages,
     };
     Step {
@@ -102,14 +112,17 @@ fn range(random: &mut Rng) -> Range<usize> {
         9..12 => (HOT, HOT.len()),
         12..14 => (0..PAGES, 64),
         14 => (0..PAGES, PAGES),
-        _ => {
-            let start = random.usize(0..PAGES / PMD_PAGES) * PMD_PAGES;
-            return start..start + PMD_PAGES;
-        }
+        _ => return pmd(random),
     };
     let length = random.usize(1..=longest);
     let start = random.usize(within.start..=within.end - length);
     start..start + length
+}
+
+/// The pages of one page table.
+fn pmd(random: &mut Rng) -> Range<usize> {
+    let start = random.usize(0..PAGES / PMD_PAGES) * PMD_PAGES;
+    start..start + PMD_PAGES
 }
 
 #[cfg(test)]
