@@ -52,6 +52,7 @@ fn main() {
             driver_unload_brings_pages_home,
         ),
         trial("swapped_pages_stay_in_swap", swapped_pages_stay_in_swap),
+        trial("model_checker_passes", model_checker_passes),
         trial("tracepoints_tell_what_the_driver_does", tracepoints_tell),
         trial("killed_daemon_ends_the_run", killed_daemon_ends_the_run),
         trial("killed_daemon_ends_the_demo", killed_daemon_ends_the_demo),
@@ -225,24 +226,34 @@ fn driver_unload_brings_pages_home() -> Result {
     )
 }
 
-/// Debian's kernel has zram as a module.
 fn swapped_pages_stay_in_swap() -> Result {
+    passes_with_swap("hmm-stress run swapped --duration 3s --json")
+}
+
+fn model_checker_passes() -> Result {
+    passes_with_swap("hmm-stress model --steps 500 --duration 10s --json")
+}
+
+/// Debian's kernel has zram as a module.
+fn passes_with_swap(command: &str) -> Result {
     let toolbox = Toolbox::place(&Cache::locate()?)?;
     let kernel = toolbox
         .root()
         .join("usr/lib/modules")
         .join(toolbox.release()?)
         .join("kernel");
-    let script = "for module in lz4hc_compress zram; do
+    let script = format!(
+        "for module in lz4hc_compress zram; do
             unxz $module.ko.xz && insmod $module.ko || exit 91
         done
         echo 128M > /sys/block/zram0/disksize
         mkswap /dev/zram0 && swapon /dev/zram0 || exit 92
-        hmm-stress run swapped --duration 3s --json";
+        {command}"
+    );
     let run = vm(&["run", "--with"])?
         .with([kernel.join("lib/lz4/lz4hc_compress.ko.xz"), "--with".into()])
         .with([kernel.join("drivers/block/zram/zram.ko.xz")])
-        .with(["--", "sh", "-c", script])
+        .with(["--", "sh", "-c", &script])
         .finish()?;
     run.expect_status(0)?;
     check(run.text().contains(r#""result":"pass""#), || run.text())
