@@ -4,6 +4,7 @@
 //! another; it is the parent of them all. An actor that forks copies its model with its
 //! memory, and so each knows by itself what its memory must be.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
@@ -26,16 +27,27 @@ const STEP_DEADLINE: Duration = Duration::from_secs(60);
 /// How often to look whether the actor still lives, in milliseconds.
 const LOOK_EVERY: libc::c_int = 50;
 
-/// Longest line in a pipe, which takes and gives it whole.
+/// Longest line that a pipe takes and gives whole.
 const LONGEST_LINE: usize = libc::PIPE_BUF;
 
 /// What a script failed with.
 #[derive(Debug)]
-pub struct Found {
-    /// The index of the step; past the last one for the checks after all steps.
-    pub step: usize,
-    /// What it was.
-    pub failure: Failure,
+pub(super) struct Found {
+    /// The index of the step at which it failed, and the step; past the script's own ones
+    /// for the comparisons at the end, and without one for what is left over.
+    pub(super) index: usize,
+    pub(super) step: Option<Step>,
+    pub(super) failure: Failure,
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.step {
+            Some(step) => write!(f, "step {} ({step}): ", self.index + 1)?,
+            None => write!(f, "without a step: ")?,
+        }
+        write!(f, "{}", self.failure.describe())
+    }
 }
 
 /// Run a script, and let every process that lives at its end compare all its memory.
@@ -44,20 +56,25 @@ pub struct Found {
 /// # Errors
 /// The first step that fails, or that leaves memory other than it must be; or device
 /// memory is not all free afterwards.
-pub fn run(context: Option<&Context>, script: &[Step]) -> Result<(), Found> {
-    let at = |step| move |failure| Found { step, failure };
-    let end = at(script.len());
-    let free = context.map(Context::free).transpose().map_err(at(0))?;
-    let mut actors = Actors::start(context).map_err(at(0))?;
-    for (index, step) in script.iter().enumerate() {
-        actors.perform(step).map_err(at(index))?;
-    }
-    for process in 0..PROCESSES {
-        actors.perform(&read_all(process)).map_err(end)?;
+pub(super) fn run(context: Option<&Context>, script: &[Step]) -> Result<(), Found> {
+    let other = |failure| Found {
+        index: script.len(),
+        step: None,
+        failure,
+    };
+    let free = context.map(Context::free).transpose().map_err(other)?;
+    let mut actors = Actors::start(context).map_err(other)?;
+    let last: Vec<Step> = (0..PROCESSES).map(read_all).collect();
+    for (index, step) in script.iter().chain(&last).enumerate() {
+        actors.perform(step).map_err(|failure| Found {
+            index,
+            step: Some(step.clone()),
+            failure,
+        })?;
     }
     drop(actors);
     match (context, free) {
-        (Some(context), Some(free)) => context.wait_free(free).map_err(end),
+        (Some(context), Some(free)) => context.wait_free(free).map_err(other),
         _ => Ok(()),
     }
 }
@@ -329,11 +346,7 @@ impl Actor {
     fn say(&mut self, result: Result<libc::pid_t, Failure>) {
         let line = match result {
             Ok(pid) => format!("ok {pid}\n"),
-            Err(failure) => {
-                let mut text = failure.describe();
-                text.truncate(LONGEST_LINE - 1);
-                text + "\n"
-            }
+            Err(failure) => format!("{}\n", failure.describe()),
         };
         // Nobody listens only when this process is about to be killed.
         let _ = self.reply.write_all(line.as_bytes());
@@ -360,13 +373,7 @@ mod tests {
     fn ordinary_memory_is_as_the_model_says() {
         for seed in 1..=4 {
             let script = generate(seed, 600);
-            if let Err(found) = run(None, &script) {
-                panic!(
-                    "seed {seed}, step {}: {}",
-                    found.step,
-                    found.failure.describe()
-                );
-            }
+            run(None, &script).unwrap_or_else(|found| panic!("seed {seed}: {found}"));
         }
     }
 

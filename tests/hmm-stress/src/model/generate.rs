@@ -15,8 +15,7 @@ const CHECK_EVERY: usize = 128;
 
 /// A script of `steps` steps, beside those that compare everything; the same for the same
 /// seed. Half of all seeds have huge pages from the start.
-#[must_use]
-pub fn generate(seed: u64, steps: usize) -> Vec<Step> {
+pub(super) fn generate(seed: u64, steps: usize) -> Vec<Step> {
     let mut random = Rng::with_seed(seed);
     let mut alive = [false; PROCESSES];
     alive[0] = true;

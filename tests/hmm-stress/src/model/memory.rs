@@ -47,10 +47,9 @@ impl Memory {
         operation: Operation,
         pages: Range<usize>,
     ) -> Result<(), Failure> {
-        let writable = |memory: &Self| memory.state.accessible(pages.clone(), true);
         match operation {
             Operation::Write(_) | Operation::Poke(_) => {
-                let written = writable(self);
+                let written = self.state.accessible(pages.clone(), true);
                 self.state.apply(operation, pages);
                 for &page in &written {
                     self.write(page, operation);

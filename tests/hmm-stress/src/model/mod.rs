@@ -17,10 +17,11 @@ use std::time::{Duration, Instant};
 
 use virtio_hmm_client::PAGE_SIZE;
 
-pub use actors::{Found, run};
-pub use generate::generate;
 pub use operation::{Operation, PAGES, PROCESSES, Step, read_script};
-pub use shrink::shrink;
+
+use actors::{Found, run};
+use generate::generate;
+use shrink::shrink;
 
 use crate::context::Context;
 use crate::failure::Failure;
@@ -55,7 +56,7 @@ pub fn explore(context: &Context, seed: u64, steps: usize) -> Result<(), Failure
 /// What it ends with.
 pub fn replay(context: &Context, script: &[Step]) -> Result<(), Failure> {
     soil(context)?;
-    run(Some(context), script).map_err(|found| Failure::Broken(describe(script, &found)))
+    run(Some(context), script).map_err(|found| Failure::Broken(found.to_string()))
 }
 
 /// Leave other bytes in all of device memory, so that what is not cleared is not zero.
@@ -66,12 +67,8 @@ fn soil(context: &Context) -> Result<(), Failure> {
 
 /// Make a script that failed short, print it and write it to a file.
 fn shortened(context: &Context, seed: u64, mut script: Vec<Step>, found: Found) -> Failure {
-    eprintln!(
-        "seed {seed}: {}; making it shorter",
-        describe(&script, &found)
-    );
-    let steps = script.len();
-    script.truncate(found.step + 1);
+    eprintln!("seed {seed}: {found}; making it shorter");
+    script.truncate(found.index + 1);
     let mut last = found;
     let script = shrink(script, Instant::now() + SHRINK_TIME, |candidate| match run(
         Some(context),
@@ -83,8 +80,7 @@ fn shortened(context: &Context, seed: u64, mut script: Vec<Step>, found: Found) 
             true
         }
     });
-    let what = describe(&script, &last);
-    let mut text = format!("# seed {seed}, {steps} steps\n# {what}\n");
+    let mut text = format!("# seed {seed}: {last}\n");
     for step in &script {
         text += &format!("{step}\n");
     }
@@ -95,15 +91,7 @@ fn shortened(context: &Context, seed: u64, mut script: Vec<Step>, found: Found) 
         Err(error) => format!("not written to {}: {error}", path.display()),
     };
     Failure::Broken(format!(
-        "seed {seed}: {what}; script of {} steps {place}",
+        "seed {seed}: {last}; script of {} steps {place}",
         script.len()
     ))
-}
-
-fn describe(script: &[Step], found: &Found) -> String {
-    let failure = found.failure.describe();
-    match script.get(found.step) {
-        Some(step) => format!("step {} ({step}): {failure}", found.step + 1),
-        None => format!("after the last step: {failure}"),
-    }
 }

@@ -7,7 +7,7 @@ use super::operation::Step;
 /// The shortest script found that still `fails`: first without runs of steps, then without
 /// single ones, then with fewer pages, all over until nothing more can go. `script` itself
 /// is known to fail. At `end` the best so far has to do.
-pub fn shrink(
+pub(super) fn shrink(
     mut script: Vec<Step>,
     end: Instant,
     mut fails: impl FnMut(&[Step]) -> bool,
