@@ -6,7 +6,6 @@
 
 use std::fmt;
 use std::fs;
-use std::path::Path;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -61,7 +60,7 @@ const DEVICE: &str = "/dev/kvm";
 /// The probe was interrupted.
 pub fn kvm_failure(
     cache: &Cache,
-    toolbox: &Path,
+    toolbox: &str,
     probe: impl FnOnce() -> Result<()>,
 ) -> Result<Option<String>> {
     if let Err(error) = fs::OpenOptions::new().read(true).write(true).open(DEVICE) {
@@ -83,7 +82,7 @@ pub fn kvm_failure(
     };
     let verdict = Verdict {
         host_boot: host_boot(),
-        toolbox: identity(toolbox),
+        toolbox: toolbox.to_owned(),
         failure,
     };
     let path = cache.accelerator();
@@ -96,19 +95,15 @@ pub fn kvm_failure(
 
 /// What an earlier probe found on this boot of the host: `None` if there was none.
 #[must_use]
-pub fn remembered_kvm(cache: &Cache, toolbox: &Path) -> Option<Option<String>> {
+pub fn remembered_kvm(cache: &Cache, toolbox: &str) -> Option<Option<String>> {
     remembered(cache, toolbox).map(|verdict| verdict.failure)
 }
 
-fn remembered(cache: &Cache, toolbox: &Path) -> Option<Verdict> {
+fn remembered(cache: &Cache, toolbox: &str) -> Option<Verdict> {
     let verdict: Verdict = serde_json::from_slice(&fs::read(cache.accelerator()).ok()?).ok()?;
-    (verdict.host_boot == host_boot() && verdict.toolbox == identity(toolbox)).then_some(verdict)
+    (verdict.host_boot == host_boot() && verdict.toolbox == toolbox).then_some(verdict)
 }
 
 fn host_boot() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
-}
-
-fn identity(toolbox: &Path) -> String {
-    toolbox.display().to_string()
 }

@@ -13,10 +13,10 @@ use serde::Deserialize;
 
 use crate::error::{Error, FileContext, Result};
 use crate::initramfs;
-use crate::paths::{self, Cache};
+use crate::kernel::Kernel;
+use crate::paths::{self, Cache, remove_all};
 use crate::process::{capture, die_with_parent};
 use crate::report::Report;
-use crate::toolbox::{Toolbox, remove_all, run_inside};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "vm";
@@ -168,15 +168,13 @@ pub(crate) fn source_files(root: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// make's command line for the module in the directory at hand.
-///
-/// # Errors
-/// The toolbox holds no kernel.
-pub fn make_command(toolbox: &Toolbox, extra: &str) -> Result<String> {
+#[must_use]
+pub fn make_command(kernel: &Kernel, extra: &str) -> String {
     let jobs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    Ok(format!(
-        "make --silent -j{jobs} -C /usr/lib/modules/{}/build M=/mnt {extra} modules",
-        toolbox.release()?
-    ))
+    format!(
+        "make --silent -j{jobs} -C '{}' M=\"$PWD\" {extra} modules",
+        kernel.build.display()
+    )
 }
 
 /// Builds the kernel module in `sources` unless these very files were built for
@@ -184,9 +182,12 @@ pub fn make_command(toolbox: &Toolbox, extra: &str) -> Result<String> {
 ///
 /// # Errors
 /// The build fails.
-pub fn module(sources: &Path, toolbox: &Toolbox, cache: &Cache, report: Report) -> Result<PathBuf> {
+pub fn module(sources: &Path, kernel: &Kernel, cache: &Cache, report: Report) -> Result<PathBuf> {
     let mut hasher = DefaultHasher::new();
-    toolbox.root().hash(&mut hasher);
+    // A user builds a kernel again in the same place.
+    let image = fs::metadata(&kernel.image).at("read", &kernel.image)?;
+    let made = image.modified().at("read", &kernel.image)?;
+    (&kernel.image, made).hash(&mut hasher);
     for file in source_files(sources)? {
         let path = sources.join(&file);
         (file, fs::read(&path).at("read", &path)?).hash(&mut hasher);
@@ -201,14 +202,18 @@ pub fn module(sources: &Path, toolbox: &Toolbox, cache: &Cache, report: Report) 
         return Ok(module);
     }
     report.line(&format!(
-        "building the kernel module for {}",
-        toolbox.release()?
+        "building the kernel module for {} with {} gcc",
+        kernel.release,
+        match kernel.root {
+            Some(_) => "the toolbox's",
+            None => "this machine's",
+        }
     ));
     let partial = directory.with_extension("partial");
     remove_all(&partial)?;
     fs::create_dir_all(&partial).at("create", &partial)?;
     copy_module_sources(sources, &partial)?;
-    run_inside(&mut toolbox.enter(&partial, &make_command(toolbox, "")?))?;
+    kernel.run(&partial, &make_command(kernel, ""))?;
     fs::rename(&partial, &directory).at("create", &directory)?;
     if module.exists() {
         Ok(module)

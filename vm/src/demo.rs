@@ -175,17 +175,12 @@ pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
     }
     demo.accelerator = prepared.accelerator();
     demo.kernel = finished.kernel;
-    demo.qemu = capture(
-        prepared
-            .toolbox()
-            .program("qemu-system-x86_64")
-            .arg("--version"),
-    )?
-    .lines()
-    .next()
-    .unwrap_or_default()
-    .trim_start_matches("QEMU emulator version ")
-    .to_owned();
+    demo.qemu = capture(prepared.toolbox().qemu().arg("--version"))?
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .trim_start_matches("QEMU emulator version ")
+        .to_owned();
     demo.boot_seconds = finished.boot.as_secs_f64();
     demo.seconds = started.elapsed().as_secs_f64();
     Ok(demo)

@@ -8,10 +8,13 @@ use std::process::Command;
 use rustix::fs::statvfs;
 
 use crate::accelerator::remembered_kvm;
+use crate::apt::{KEYRING, host_mirror};
 use crate::error::{Result, with_sources};
+use crate::host::Host;
 use crate::paths::Cache;
 use crate::process::capture;
-use crate::toolbox::{KEYRING, Toolbox, check_namespaces, host_mirror};
+use crate::root::{Root, check_namespaces};
+use crate::toolbox::{Choice, Toolbox};
 
 /// Free space that a toolbox, its packages and the checks of the module need.
 const NEEDED_SPACE: u64 = 2 << 30;
@@ -19,10 +22,10 @@ const NEEDED_SPACE: u64 = 2 << 30;
 /// Prints one line for each thing; false if something necessary is missing.
 ///
 /// # Errors
-/// There is no place for a cache, or the recipe cannot be read.
-pub fn run(mirror: Option<&str>) -> Result<bool> {
+/// There is no place for a cache, the recipe cannot be read, or the machine's own tools are
+/// asked for and do not fit.
+pub fn run(choice: Choice, mirror: Option<&str>) -> Result<bool> {
     let cache = Cache::locate()?;
-    let toolbox = Toolbox::place(&cache)?;
     let mut complete = true;
     let mut line = |what: &str, found: Result<String, String>| match found {
         Ok(text) => println!("ok       {what}: {text}"),
@@ -43,52 +46,45 @@ pub fn run(mirror: Option<&str>) -> Result<bool> {
         "C compiler for Rust's linking",
         version("cc", "install gcc"),
     );
-    line("util-linux", version("unshare", "install util-linux"));
-    line(
-        "namespaces",
-        match check_namespaces() {
-            Ok(()) if rustix::process::geteuid().is_root() => Ok("as root".into()),
-            Ok(()) => Ok("user namespaces, no root needed".into()),
-            Err(error) => Err(with_sources(&error)),
-        },
-    );
-    if toolbox.is_made() {
-        line(
-            "toolbox",
-            toolbox
-                .release()
-                .map_err(|error| with_sources(&error))
-                .map(|release| {
-                    format!(
-                        "{}, kernel {release}; nothing to download",
-                        toolbox.root().display()
-                    )
-                }),
-        );
-    } else {
-        for (tool, package) in [("apt-get", "apt"), ("dpkg-deb", "dpkg")] {
-            line(
-                tool,
-                version(tool, &format!("it comes with {package}, on Debian")),
-            );
+    for (name, found) in Host::survey().things() {
+        match found {
+            Ok(text) => println!("info     this machine's {name} fits: {text}"),
+            Err(reason) => println!("info     this machine's {name} does not fit: {reason}"),
         }
+    }
+    let toolbox = Toolbox::place(choice, &cache)?;
+    if let Toolbox::Debian(_) = toolbox {
+        line("util-linux", version("unshare", "install util-linux"));
         line(
-            "Debian's keys",
-            match Path::new(KEYRING).exists() {
-                true => Ok(KEYRING.into()),
-                false => Err("install debian-archive-keyring".into()),
+            "namespaces",
+            match check_namespaces() {
+                Ok(()) if rustix::process::geteuid().is_root() => Ok("as root".into()),
+                Ok(()) => Ok("user namespaces, no root needed".into()),
+                Err(error) => Err(with_sources(&error)),
             },
         );
-        let found = mirror.map_or_else(host_mirror, |mirror| Ok(mirror.to_owned()));
-        line("Debian mirror", found.map_err(|error| with_sources(&error)));
-        let root = toolbox.root().display();
-        println!("would do download 250 MB of packages and unpack them in {root}");
+    }
+    match &toolbox {
+        Toolbox::Host(_) => line(
+            "toolbox",
+            Ok("this machine's own; nothing to download".into()),
+        ),
+        Toolbox::Debian(root) if root.is_made() => line(
+            "toolbox",
+            toolbox
+                .kernel()
+                .map_err(|error| with_sources(&error))
+                .map(|kernel| {
+                    let (path, release) = (root.path().display(), kernel.release);
+                    format!("{path}, kernel {release}; nothing to download")
+                }),
+        ),
+        Toolbox::Debian(root) => to_be_made(root, mirror, &mut line),
     }
     line("space for the cache", space(cache.root()));
-    println!("info     QEMU of this machine: {}", host_qemu());
     println!(
         "info     accelerator: {}",
-        match remembered_kvm(&cache, toolbox.root()) {
+        match remembered_kvm(&cache, &toolbox.identity()) {
             Some(None) => "kvm, a guest ran on it".into(),
             Some(Some(reason)) => format!("tcg, because {reason}"),
             None if Path::new("/dev/kvm").exists() => "the first run tries a guest on KVM".into(),
@@ -123,13 +119,26 @@ fn space(cache: &Path) -> Result<String, String> {
     }
 }
 
-fn host_qemu() -> String {
-    let qemu = || Command::new("qemu-system-x86_64");
-    match capture(qemu().args(["-device", "help"])) {
-        Err(_) => "none; the toolbox has one".into(),
-        Ok(devices) if devices.contains("vhost-user-test-device-pci") => {
-            "has the device; the toolbox's own is used".into()
-        }
-        Ok(_) => "too old, 10.2 is needed; the toolbox has one".into(),
+fn to_be_made(
+    root: &Root,
+    mirror: Option<&str>,
+    line: &mut dyn FnMut(&str, Result<String, String>),
+) {
+    for (tool, package) in [("apt-get", "apt"), ("dpkg-deb", "dpkg")] {
+        line(
+            tool,
+            version(tool, &format!("it comes with {package}, on Debian")),
+        );
     }
+    line(
+        "Debian's keys",
+        match Path::new(KEYRING).exists() {
+            true => Ok(KEYRING.into()),
+            false => Err("install debian-archive-keyring".into()),
+        },
+    );
+    let found = mirror.map_or_else(host_mirror, |mirror| Ok(mirror.to_owned()));
+    line("Debian mirror", found.map_err(|error| with_sources(&error)));
+    let root = root.path().display();
+    println!("would do download 250 MB of packages and unpack them in {root}");
 }

@@ -51,6 +51,8 @@ pub enum Error {
          kernel module needs"
     )]
     NoNamespaces(#[source] Box<Error>),
+    #[error("this machine's own tools do not fit: {0}")]
+    Unfit(String),
     #[error("KVM was asked for, but {0}")]
     NoKvm(String),
     #[error("no profile {name}; there are: {known}")]

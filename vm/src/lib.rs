@@ -2,19 +2,23 @@
 //! runs one program in it and reports how that ended.
 
 pub mod accelerator;
+pub mod apt;
 pub mod build;
 pub mod console;
 pub mod daemon;
 pub mod demo;
 pub mod doctor;
 pub mod error;
+mod host;
 pub mod initramfs;
+pub mod kernel;
 pub mod machine;
 pub mod paths;
 pub mod prepare;
 pub mod process;
 pub mod profile;
 pub mod report;
+pub mod root;
 pub mod run;
 mod terminal;
 pub mod testing;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::accelerator::Accelerator;
-use crate::error::Result;
+use crate::kernel::Kernel;
 use crate::profile::Profile;
 use crate::toolbox::Toolbox;
 
@@ -34,8 +34,10 @@ pub struct RunFiles {
 /// What to start.
 #[derive(Clone, Debug)]
 pub struct Machine<'a> {
-    /// Where QEMU and the kernel come from.
+    /// Where QEMU comes from.
     pub toolbox: &'a Toolbox,
+    /// What boots.
+    pub kernel: &'a Kernel,
     /// The machine.
     pub profile: &'a Profile,
     /// What it runs on.
@@ -50,15 +52,10 @@ pub struct Machine<'a> {
 
 impl Machine<'_> {
     /// The command that starts QEMU.
-    ///
-    /// # Errors
-    /// The toolbox holds no kernel.
-    pub fn command(&self, files: &RunFiles) -> Result<Command> {
+    #[must_use]
+    pub fn command(&self, files: &RunFiles) -> Command {
         let profile = self.profile;
-        let mut command = self.toolbox.program("qemu-system-x86_64");
-        for firmware in ["usr/share/qemu", "usr/share/seabios"] {
-            command.arg("-L").arg(self.toolbox.root().join(firmware));
-        }
+        let mut command = self.toolbox.qemu();
         // The user's own QEMU configuration stays out of it.
         command.args([
             "-nodefaults",
@@ -96,12 +93,7 @@ impl Machine<'_> {
         option("-smp", &profile.cpus.to_string());
         option("-rtc", "base=utc");
 
-        let kernel = self
-            .toolbox
-            .root()
-            .join("usr/lib/modules")
-            .join(self.toolbox.release()?);
-        command.arg("-kernel").arg(kernel.join("vmlinuz"));
+        command.arg("-kernel").arg(&self.kernel.image);
         command.arg("-initrd").arg(&files.initramfs);
         command
             .arg("-append")
@@ -154,7 +146,7 @@ impl Machine<'_> {
             let socket = joined(["unix:", &escaped(&files.gdb), ",server=on,wait=off"]);
             command.arg("-S").arg("-gdb").arg(socket);
         }
-        Ok(command)
+        command
     }
 }
 

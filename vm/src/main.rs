@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use hmm_vm::apt::MIRROR_VARIABLE;
 use hmm_vm::demo::{self, Demo};
 use hmm_vm::error::with_sources;
-use hmm_vm::paths::Cache;
+use hmm_vm::paths::{Cache, remove_all};
 use hmm_vm::prepare::{Job, MachineOptions, Prepared, dry_run, log_tail};
 use hmm_vm::run::pass_on;
-use hmm_vm::toolbox::{MIRROR_VARIABLE, remove_all};
+use hmm_vm::toolbox::{self, TOOLBOX_VARIABLE};
 use hmm_vm::{Error, Result, doctor, testing};
 
 #[derive(Parser)]
@@ -65,6 +66,9 @@ enum Command {
     },
     /// Say what is there, what is missing and what would be done
     Doctor {
+        /// Where QEMU, the stock kernel and the compiler come from
+        #[arg(long, value_enum, default_value_t = toolbox::Choice::Auto, env = TOOLBOX_VARIABLE)]
+        toolbox: toolbox::Choice,
         /// Debian mirror for the toolbox
         #[arg(long, value_name = "URL", env = MIRROR_VARIABLE)]
         mirror: Option<String>,
@@ -136,7 +140,9 @@ fn execute(command: Command) -> Result<u8> {
             show(&demo::run(&machine, seed)?, json)
         }
         Command::Test { machine } => Ok(u8::from(testing::run_all(&machine)?.failed > 0)),
-        Command::Doctor { mirror } => Ok(u8::from(!doctor::run(mirror.as_deref())?)),
+        Command::Doctor { toolbox, mirror } => {
+            Ok(u8::from(!doctor::run(toolbox, mirror.as_deref())?))
+        }
         Command::Clean => clean().map(|()| 0),
         Command::Boot { machine, with } => {
             let interactive = stdin().is_terminal() && stdout().is_terminal();

@@ -17,6 +17,22 @@ pub fn checkout() -> &'static Path {
     manifest.parent().unwrap_or(manifest)
 }
 
+/// Removes a file or directory if it is there.
+///
+/// # Errors
+/// It cannot be removed.
+pub fn remove_all(path: &Path) -> Result<()> {
+    let removed = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    match removed {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).at("remove", path),
+        _ => Ok(()),
+    }
+}
+
 /// The directory of everything this tool makes and keeps.
 #[derive(Clone, Debug)]
 pub struct Cache {

@@ -10,18 +10,20 @@ use clap::Args;
 use hmm_init::{Driver, Order};
 
 use crate::accelerator::{Accelerator, Choice, kvm_failure};
+use crate::apt::MIRROR_VARIABLE;
 use crate::build::{self, Programs};
 use crate::daemon::Sockets;
 use crate::error::{EXIT_TIMEOUT, Error, FileContext, Result};
 use crate::initramfs::{self, MODULE_PATH};
+use crate::kernel::{self, KERNEL_VARIABLE, Kernel};
 use crate::machine::Machine;
-use crate::paths::Cache;
+use crate::paths::{Cache, remove_all};
 use crate::process::shell_line;
 use crate::profile::Profile;
 use crate::report::Report;
 use crate::run::{DeviceAt, Finished, Limits, Run, own_sockets, run_files, scratch_directory};
 use crate::terminal;
-use crate::toolbox::{MIRROR_VARIABLE, Toolbox, remove_all};
+use crate::toolbox::{self, TOOLBOX_VARIABLE, Toolbox};
 use crate::units::{Size, parse_duration};
 
 /// Variable that sets what the machine runs on, as `--accel` does.
@@ -42,6 +44,12 @@ pub struct MachineOptions {
     /// What the machine runs on
     #[arg(long, value_enum, default_value_t = Choice::Auto, env = ACCELERATOR_VARIABLE)]
     pub accel: Choice,
+    /// The guest's kernel: stock, or the path of a build tree
+    #[arg(long, value_name = "KERNEL", default_value = "stock", env = KERNEL_VARIABLE)]
+    pub kernel: kernel::Choice,
+    /// Where QEMU, the stock kernel and the compiler come from
+    #[arg(long, value_enum, default_value_t = toolbox::Choice::Auto, env = TOOLBOX_VARIABLE)]
+    pub toolbox: toolbox::Choice,
     /// Virtual CPUs
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,
@@ -100,6 +108,13 @@ impl MachineOptions {
         profile.check()?;
         Ok(profile)
     }
+
+    fn kernel(&self, toolbox: &Toolbox) -> Result<Kernel> {
+        match &self.kernel {
+            kernel::Choice::Stock => toolbox.kernel(),
+            kernel::Choice::Tree(tree) => Kernel::of_tree(tree),
+        }
+    }
 }
 
 /// What runs in the guest.
@@ -124,6 +139,7 @@ pub struct Prepared {
     profile: Profile,
     cache: Cache,
     toolbox: Toolbox,
+    kernel: Kernel,
     programs: Programs,
     module: Option<PathBuf>,
     accelerator: Accelerator,
@@ -138,22 +154,24 @@ impl Prepared {
         let report = Report;
         let profile = options.profile()?;
         let cache = Cache::locate()?;
-        let toolbox = Toolbox::place(&cache)?;
+        let toolbox = Toolbox::place(options.toolbox, &cache)?;
         let programs = Programs::locate()?;
         programs.build()?;
         toolbox.make(&cache, options.mirror.as_deref(), report)?;
+        let kernel = options.kernel(&toolbox)?;
         let module = if options.no_device {
             None
         } else {
             let own = build::module_sources();
             let sources = options.driver.as_deref().unwrap_or(&own);
-            Some(build::module(sources, &toolbox, &cache, report)?)
+            Some(build::module(sources, &kernel, &cache, report)?)
         };
         let mut prepared = Self {
             options: options.clone(),
             profile,
             cache,
             toolbox,
+            kernel,
             programs,
             module,
             accelerator: Accelerator::Tcg,
@@ -176,13 +194,19 @@ impl Prepared {
         &self.toolbox
     }
 
+    /// The kernel that boots.
+    #[must_use]
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
     fn choose_accelerator(&self, report: Report) -> Result<Accelerator> {
         let probe = || {
             report
                 .line("trying whether a guest runs on KVM here (once for each boot of this host)");
             self.probe()
         };
-        match kvm_failure(&self.cache, self.toolbox.root(), probe)? {
+        match kvm_failure(&self.cache, &self.toolbox.identity(), probe)? {
             None => Ok(Accelerator::Kvm),
             Some(reason) if self.options.accel == Choice::Kvm => Err(Error::NoKvm(reason)),
             Some(reason) => {
@@ -288,7 +312,7 @@ impl Prepared {
         initramfs::write(
             &files.initramfs,
             &self.programs,
-            &self.toolbox.root().join("usr/bin/busybox"),
+            &self.toolbox.busybox(),
             self.module.as_deref().filter(|_| driver),
             &job.files,
             &order,
@@ -296,6 +320,7 @@ impl Prepared {
         let run = Run {
             machine: Machine {
                 toolbox: &self.toolbox,
+                kernel: &self.kernel,
                 profile: &self.profile,
                 accelerator,
                 device: None,
@@ -341,13 +366,14 @@ impl Prepared {
 pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
     let profile = options.profile()?;
     let cache = Cache::locate()?;
-    let toolbox = Toolbox::place(&cache)?;
+    let toolbox = Toolbox::place(options.toolbox, &cache)?;
     if !toolbox.is_made() {
         return Err(Error::Config(format!(
             "there is no toolbox in {} yet, so there is no QEMU to name; any other command makes it",
-            toolbox.root().display()
+            toolbox.identity()
         )));
     }
+    let kernel = options.kernel(&toolbox)?;
     let scratch = std::env::temp_dir().join("virtio-hmm-XXXXXX");
     let logs = cache.logs().join("XXXXXX");
     let mut text = String::new();
@@ -366,11 +392,12 @@ pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
         }
     };
     let kvm = matches!(
-        crate::accelerator::remembered_kvm(&cache, toolbox.root()),
+        crate::accelerator::remembered_kvm(&cache, &toolbox.identity()),
         Some(None)
     );
     let machine = Machine {
         toolbox: &toolbox,
+        kernel: &kernel,
         profile: &profile,
         accelerator: match options.accel {
             Choice::Kvm => Accelerator::Kvm,
@@ -381,7 +408,7 @@ pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
         interactive,
         gdb: options.gdb,
     };
-    text += &shell_line(&machine.command(&run_files(&scratch, &logs))?);
+    text += &shell_line(&machine.command(&run_files(&scratch, &logs)));
     text.push('\n');
     Ok(text)
 }

@@ -165,7 +165,7 @@ impl Run<'_> {
 
         fs::write(&files.console_log, "").at("write", &files.console_log)?;
         let qemu_log = self.logs.join("qemu.log");
-        let mut command = self.machine.command(&files)?;
+        let mut command = self.machine.command(&files);
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -11,16 +11,20 @@ use rustix::process::Signal;
 
 use crate::build::{cargo, copy_module_sources, make_command, module_sources, source_files};
 use crate::error::{Error, FileContext, Result, with_sources};
+use crate::kernel::{KERNEL_VARIABLE, Kernel};
 use crate::paths::{self, Cache};
 use crate::prepare::{ACCELERATOR_VARIABLE, MachineOptions, Prepared};
 use crate::process::{capture, die_with_parent, run};
 use crate::report::Report;
-use crate::toolbox::{Toolbox, run_inside};
+use crate::root::fetch_checkpatch;
+use crate::toolbox::TOOLBOX_VARIABLE;
 
 /// Package of the tests that boot VMs.
 const VM_TESTS: &str = "hmm-e2e";
 /// Variable that tells these tests where this tool is.
 pub const TOOL_VARIABLE: &str = "VIRTIO_HMM_TOOL";
+/// Variable that tells them where the kernel's own modules are.
+pub const MODULES_VARIABLE: &str = "VIRTIO_HMM_MODULES";
 
 /// How many tests ended how.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -113,13 +117,14 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
     // Made here, so that its progress shows and its failure has one cause.
     let prepared = Prepared::new(options)?;
     let cache = Cache::locate()?;
+    let stock = prepared.toolbox().kernel()?;
     for check in [
         ModuleCheck::Warnings,
         ModuleCheck::Sparse,
         ModuleCheck::Checkpatch,
     ] {
         let started = Instant::now();
-        let verdict = check.run(prepared.toolbox(), &cache, options.mirror.as_deref());
+        let verdict = check.run(&stock, &cache, options.mirror.as_deref());
         tally.add(tell(check.name(), started, verdict));
     }
 
@@ -128,7 +133,10 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
     let tool = env::current_exe().at("find", "this program")?;
     tests
         .env(TOOL_VARIABLE, tool)
-        .env(ACCELERATOR_VARIABLE, prepared.accelerator().to_string());
+        .env(ACCELERATOR_VARIABLE, prepared.accelerator().to_string())
+        .env(TOOLBOX_VARIABLE, options.toolbox.to_string())
+        .env(KERNEL_VARIABLE, options.kernel.to_string())
+        .env(MODULES_VARIABLE, &prepared.kernel().modules);
     tally.add(cargo_test(&mut tests)?);
 
     println!("{tally}");
@@ -234,26 +242,31 @@ impl ModuleCheck {
         }
     }
 
-    fn run(self, toolbox: &Toolbox, cache: &Cache, mirror: Option<&str>) -> Verdict {
-        match self.findings(toolbox, cache, mirror) {
+    fn run(self, kernel: &Kernel, cache: &Cache, mirror: Option<&str>) -> Verdict {
+        let sparse =
+            kernel.root.is_some() || capture(Command::new("sparse").arg("--version")).is_ok();
+        if matches!(self, Self::Sparse) && !sparse {
+            return Verdict::Skipped("this machine has no sparse".into());
+        }
+        match self.findings(kernel, cache, mirror) {
             Ok(text) if text.is_empty() => Verdict::Passed,
             Ok(text) => Verdict::Failed(text),
             Err(error) => Verdict::Failed(with_sources(&error)),
         }
     }
 
-    fn findings(self, toolbox: &Toolbox, cache: &Cache, mirror: Option<&str>) -> Result<String> {
+    fn findings(self, kernel: &Kernel, cache: &Cache, mirror: Option<&str>) -> Result<String> {
         let directory = tempfile::tempdir_in(cache.modules()).at("write", cache.modules())?;
         let directory = directory.path();
         copy_module_sources(&module_sources(), directory)?;
-        let inside = |script: &str| run_inside(&mut toolbox.enter(directory, script));
+        let inside = |script: &str| kernel.run(directory, script);
         let complaints = |text: String| -> String {
             let own = |line: &&str| line.contains("warning:") || line.contains("error:");
             text.lines().filter(own).collect::<Vec<_>>().join("\n")
         };
         match self {
             Self::Warnings => Ok(complaints(inside(
-                &(make_command(toolbox, "W=1")? + " 2>&1"),
+                &(make_command(kernel, "W=1") + " 2>&1"),
             )?)),
             Self::Sparse => {
                 let checker = "sparse.sh";
@@ -261,8 +274,8 @@ impl ModuleCheck {
                 std::fs::copy(&from, directory.join(checker)).at("copy", &from)?;
                 // Debian's headers come without the script that tries the checker, and
                 // make leaves out a checker that was not tried, unless told twice.
-                let extra = format!("--no-silent C=2 KBUILD_CHECKSRC=2 CHECK=/mnt/{checker}");
-                let output = inside(&(make_command(toolbox, &extra)? + " 2>&1"))?;
+                let extra = format!("--no-silent C=2 KBUILD_CHECKSRC=2 CHECK=\"$PWD/{checker}\"");
+                let output = inside(&(make_command(kernel, &extra) + " 2>&1"))?;
                 if !output.contains("CHECK ") {
                     return Ok("sparse did not run".into());
                 }
@@ -270,7 +283,7 @@ impl ModuleCheck {
             }
             Self::Checkpatch => {
                 let scripts = cache.checkpatch();
-                toolbox.fetch_checkpatch(cache, mirror, &scripts, Report)?;
+                fetch_checkpatch(cache, mirror, &scripts, Report)?;
                 for entry in std::fs::read_dir(&scripts).at("read", &scripts)?.flatten() {
                     let to = directory.join(entry.file_name());
                     std::fs::copy(entry.path(), &to).at("write", &to)?;

@@ -18,8 +18,7 @@ use hmm_vm::build::Programs;
 use hmm_vm::daemon::Counters;
 use hmm_vm::demo::sides;
 use hmm_vm::initramfs::MODULE_PATH;
-use hmm_vm::paths::Cache;
-use hmm_vm::toolbox::Toolbox;
+use hmm_vm::testing::MODULES_VARIABLE;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::process::{Signal, test_kill_process};
 
@@ -236,12 +235,7 @@ fn model_checker_passes() -> Result {
 
 /// Debian's kernel has zram as a module.
 fn passes_with_swap(command: &str) -> Result {
-    let toolbox = Toolbox::place(&Cache::locate()?)?;
-    let kernel = toolbox
-        .root()
-        .join("usr/lib/modules")
-        .join(toolbox.release()?)
-        .join("kernel");
+    let kernel = PathBuf::from(std::env::var(MODULES_VARIABLE)?);
     let script = format!(
         "for module in lz4hc_compress zram; do
             unxz $module.ko.xz && insmod $module.ko || exit 91

@@ -1,0 +1,225 @@
+//! A root directory of its own, made of Debian packages.
+//!
+//! apt downloads them with a configuration of its own and dpkg-deb unpacks them,
+//! so neither root nor anything on the host changes. Maintainer scripts do not
+//! run; the recipe names the few links they would make.
+
+use std::collections::BTreeMap;
+use std::collections::hash_map::DefaultHasher;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use serde::Deserialize;
+
+use crate::apt::Apt;
+use crate::error::{Error, FileContext, Result};
+use crate::paths::{self, Cache, remove_all};
+use crate::process::capture;
+use crate::profile::read_toml;
+use crate::report::Report;
+
+/// `images/toolbox.toml`.
+#[derive(Debug, Deserialize, Hash)]
+#[serde(deny_unknown_fields)]
+struct Recipe {
+    suites: Vec<String>,
+    packages: Vec<String>,
+    directories: Vec<String>,
+    links: BTreeMap<String, String>,
+    source: Source,
+}
+
+#[derive(Debug, Deserialize, Hash)]
+#[serde(deny_unknown_fields)]
+struct Source {
+    package: String,
+    files: Vec<String>,
+}
+
+/// The root directory of this checkout's recipe.
+#[derive(Clone, Debug)]
+pub struct Root {
+    path: PathBuf,
+}
+
+impl Root {
+    /// Where it is, or will be.
+    ///
+    /// # Errors
+    /// The recipe cannot be read.
+    pub fn place(cache: &Cache) -> Result<Self> {
+        let mut hasher = DefaultHasher::new();
+        recipe()?.hash(&mut hasher);
+        Ok(Self {
+            path: cache.toolboxes().join(format!("{:016x}", hasher.finish())),
+        })
+    }
+
+    /// Whether it is there. It is moved into place complete, or not at all.
+    #[must_use]
+    pub fn is_made(&self) -> bool {
+        self.path.exists()
+    }
+
+    /// Makes it if it is not there.
+    ///
+    /// # Errors
+    /// apt or its mirror fails, or the cache cannot be written.
+    pub fn make(&self, cache: &Cache, mirror: Option<&str>, report: Report) -> Result<()> {
+        if self.is_made() {
+            return Ok(());
+        }
+        let _lock = cache.lock(report)?;
+        if self.is_made() {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let recipe = recipe()?;
+        let apt = Apt::new(cache, "toolbox", &recipe.suites, mirror)?;
+        report.line(&format!(
+            "making the toolbox (QEMU, guest kernel and headers, compiler) in {} from {}",
+            self.path.display(),
+            apt.mirror()
+        ));
+        let partial = self.path.with_extension("partial");
+        remove_all(&partial)?;
+        fs::create_dir_all(&partial).at("create", &partial)?;
+        apt.unpack(&recipe.packages, &partial, report)?;
+        for directory in &recipe.directories {
+            let directory = partial.join(directory);
+            fs::create_dir_all(&directory).at("create", &directory)?;
+        }
+        for (link, target) in &recipe.links {
+            let link = partial.join(link);
+            if fs::symlink_metadata(&link).is_err() {
+                symlink(target, &link).at("create", &link)?;
+            }
+        }
+        fs::rename(&partial, &self.path).at("create", &self.path)?;
+        apt.forget()?;
+        report.line(&format!(
+            "the toolbox is ready, after {} s",
+            started.elapsed().as_secs()
+        ));
+        Ok(())
+    }
+
+    /// Its path on the host.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A command that runs one of its programs on the host's files, through its
+    /// own dynamic linker: no namespace, no mount.
+    #[must_use]
+    pub fn program(&self, name: &str) -> Command {
+        let mut command = Command::new(self.path.join("usr/lib64/ld-linux-x86-64.so.2"));
+        command
+            .arg("--library-path")
+            .arg(self.path.join("usr/lib/x86_64-linux-gnu"))
+            .arg(self.path.join("usr/bin").join(name));
+        command
+    }
+
+    /// A command that runs `script` with this as its root directory, in the
+    /// host's `directory` as `/mnt`. Its namespaces, and all its processes, end with it.
+    #[must_use]
+    pub fn enter(&self, directory: &Path, script: &str) -> Command {
+        const MOUNT: &str = r#"
+            PATH=/usr/sbin:/usr/bin:/sbin:/bin
+            for each in dev proc sys; do mount --rbind "/$each" "$1/$each"; done
+            mount --bind "$2" "$1/mnt"
+            exec chroot "$1" /bin/sh -e -c "cd /mnt; $3"
+        "#;
+        let mut command = unshare();
+        command
+            .args(["--pid", "--kill-child"])
+            .args(["sh", "-e", "-c", MOUNT, "sh"])
+            .arg(&self.path)
+            .arg(directory)
+            .arg(script);
+        // The host's locale may not exist here.
+        command.env("LC_ALL", "C").env("TMPDIR", "/tmp");
+        command
+    }
+}
+
+/// Puts the kernel's own style checker into `directory`.
+///
+/// # Errors
+/// The kernel's source package cannot be fetched.
+pub fn fetch_checkpatch(
+    cache: &Cache,
+    mirror: Option<&str>,
+    directory: &Path,
+    report: Report,
+) -> Result<()> {
+    let recipe = recipe()?;
+    let _lock = cache.lock(report)?;
+    let wanted = |name: &String| Path::new(name).file_name().map(|name| directory.join(name));
+    let there = recipe
+        .source
+        .files
+        .iter()
+        .filter_map(wanted)
+        .all(|path| path.exists());
+    if there {
+        return Ok(());
+    }
+    report.line("fetching the kernel's source package for its checkpatch.pl (160 MB, once)");
+    let apt = Apt::new(cache, "checkpatch", &recipe.suites, mirror)?;
+    fs::create_dir_all(directory).at("create", directory)?;
+    let unpacked = tempfile::tempdir_in(cache.apt()).at("write", cache.apt())?;
+    apt.unpack(
+        std::slice::from_ref(&recipe.source.package),
+        unpacked.path(),
+        report,
+    )?;
+    let sources = unpacked.path().join("usr/src");
+    let tarball = fs::read_dir(&sources)
+        .at("read", &sources)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "xz"))
+        .ok_or(Error::Incomplete("kernel source"))?;
+    let patterns = recipe.source.files.iter().map(|file| format!("*/{file}"));
+    capture(
+        Command::new("tar")
+            .arg("--extract")
+            .arg("--file")
+            .arg(&tarball)
+            .arg("--directory")
+            .arg(directory)
+            .args(["--wildcards", "--strip-components=2"])
+            .args(patterns),
+    )?;
+    apt.forget()
+}
+
+fn recipe() -> Result<Recipe> {
+    read_toml(&paths::checkout().join("images/toolbox.toml"))
+}
+
+fn unshare() -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private"]);
+    if !rustix::process::geteuid().is_root() {
+        command.arg("--map-root-user");
+    }
+    command
+}
+
+/// Says whether the host lets this user have a mount namespace.
+///
+/// # Errors
+/// It does not, or has no unshare(1).
+pub fn check_namespaces() -> Result<()> {
+    capture(unshare().arg("true"))
+        .map(drop)
+        .map_err(|error| Error::NoNamespaces(Box::new(error)))
+}
