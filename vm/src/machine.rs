@@ -95,9 +95,10 @@ impl Machine<'_> {
 
         command.arg("-kernel").arg(&self.kernel.image);
         command.arg("-initrd").arg(&files.initramfs);
-        command
-            .arg("-append")
-            .arg(profile.kernel.command_line.join(" "));
+        let mut words = profile.kernel.command_line.clone();
+        // A debugger looks for the symbols where the linker put them.
+        words.extend(self.gdb.then(|| "nokaslr".to_owned()));
+        command.arg("-append").arg(words.join(" "));
 
         let log = escaped(&files.console_log);
         let console = if self.interactive {
