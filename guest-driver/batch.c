@@ -20,7 +20,7 @@
  */
 struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool fill)
 {
-	unsigned int max = min_t(unsigned int, VHMM_BATCH_PAGES, dev->max_frames);
+	const unsigned int max = VHMM_BATCH_PAGES;
 	struct vhmm_batch *b;
 	unsigned long *words;
 
@@ -28,7 +28,6 @@ struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool fill)
 	if (!b)
 		return NULL;
 	b->dev = dev;
-	b->max = max;
 	words = kvmalloc_array(max, 4 * sizeof(*words) + sizeof(*b->outcome),
 			       GFP_KERNEL);
 	b->src = words;
@@ -56,17 +55,46 @@ void vhmm_batch_free(struct vhmm_batch *b)
 
 /**
  * vhmm_drop_destination() - leave a page where it is after all
- * @dst: its entry; the page in it is unlocked and freed
+ * @dst: destination entries
+ * @i: the page; where there is one destination for it, that is unlocked and
+ *	freed, and a large folio with all of its pages
  *
  * Only before migrate_vma_pages().
  */
-void vhmm_drop_destination(unsigned long *dst)
+void vhmm_drop_destination(unsigned long *dst, unsigned long i)
 {
-	struct folio *folio = page_folio(migrate_pfn_to_page(*dst));
+	struct folio *folio;
 
-	*dst = 0;
+	if (vhmm_is_large(dst))
+		i = 0;
+	if (!dst[i])
+		return;
+	folio = page_folio(migrate_pfn_to_page(dst[i]));
+	dst[i] = 0;
 	folio_unlock(folio);
 	folio_put(folio);
+}
+
+/**
+ * vhmm_count_moved() - count the pages that moved
+ * @src: source entries after migrate_vma_pages()
+ * @dst: destination entries
+ * @nr: number of entries
+ *
+ * Return: how many pages are at their destination.
+ */
+unsigned long vhmm_count_moved(const unsigned long *src,
+			       const unsigned long *dst, unsigned long nr)
+{
+	unsigned long i, moved = 0;
+
+	if (vhmm_is_large(dst))
+		return src[0] & MIGRATE_PFN_MIGRATE ? nr : 0;
+	for (i = 0; i < nr; i++) {
+		if (dst[i] && (src[i] & MIGRATE_PFN_MIGRATE))
+			moved++;
+	}
+	return moved;
 }
 
 /**
@@ -110,10 +138,10 @@ void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
 
 	vhmm_request_start(r, VIRTIO_HMM_OP_FROM_DEVICE);
 	for (i = 0; i < nr; i++) {
-		struct page *page = migrate_pfn_to_page(dst[i]);
+		struct page *page = vhmm_entry_page(dst, i);
 
 		if (page)
-			vhmm_request_add(r, vhmm_page_frame(dev, migrate_pfn_to_page(src[i])),
+			vhmm_request_add(r, vhmm_page_frame(dev, vhmm_entry_page(src, i)),
 					 page, i);
 	}
 	if (!r->nr_frames)
@@ -123,6 +151,6 @@ void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
 	ret = vhmm_request_wait(r);
 	for (i = 0; i < r->nr_frames; i++) {
 		if (ret || !vhmm_request_frame_ok(r, i))
-			vhmm_drop_destination(&dst[r->slots[i]]);
+			vhmm_drop_destination(dst, r->slots[i]);
 	}
 }

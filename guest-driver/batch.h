@@ -5,13 +5,14 @@
 #ifndef VHMM_BATCH_H
 #define VHMM_BATCH_H
 
+#include <linux/huge_mm.h>
 #include <linux/migrate.h>
 
 struct vhmm_device;
 struct vhmm_request;
 
 /* One aligned PMD of pages per migrate_vma_setup(). */
-#define VHMM_BATCH_PAGES	512
+#define VHMM_BATCH_PAGES	HPAGE_PMD_NR
 
 /*
  * What became of a page. Values from VHMM_SKIPPED on are VHMM_SKIPPED plus a
@@ -27,9 +28,8 @@ enum vhmm_outcome {
 #define VHMM_SKIP(reason)	(VHMM_SKIPPED + VIRTIO_HMM_SKIP_##reason)
 
 /**
- * struct vhmm_batch - working memory of a migration
+ * struct vhmm_batch - working memory of a migration of VHMM_BATCH_PAGES
  * @dev: the device
- * @max: pages it has room for
  * @src: as migrate_vma_setup() filled it; ours to read only
  * @dst: the destinations
  * @src_seen: @src as it was after setup
@@ -43,7 +43,6 @@ enum vhmm_outcome {
  */
 struct vhmm_batch {
 	struct vhmm_device *dev;
-	unsigned int max;
 	unsigned long *src;
 	unsigned long *dst;
 	unsigned long *src_seen;
@@ -53,10 +52,38 @@ struct vhmm_batch {
 	struct vhmm_request *fill;
 };
 
+/*
+ * A large folio, or a hole as large, is the first of 512 entries and has
+ * MIGRATE_PFN_COMPOUND; the others are 0. It is alone in its batch.
+ */
+static inline bool vhmm_is_large(const unsigned long *entries)
+{
+	return entries[0] & MIGRATE_PFN_COMPOUND;
+}
+
+/* The entry that speaks for page @i. */
+static inline unsigned long vhmm_entry(const unsigned long *entries,
+				       unsigned long i)
+{
+	return vhmm_is_large(entries) ? entries[0] : entries[i];
+}
+
+/* Page @i of the entries, NULL for a hole or where nothing goes. */
+static inline struct page *vhmm_entry_page(const unsigned long *entries,
+					   unsigned long i)
+{
+	struct page *page = migrate_pfn_to_page(vhmm_entry(entries, i));
+
+	return page && vhmm_is_large(entries) ? folio_page(page_folio(page), i) :
+						page;
+}
+
 struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool fill);
 void vhmm_batch_free(struct vhmm_batch *b);
 
-void vhmm_drop_destination(unsigned long *dst);
+void vhmm_drop_destination(unsigned long *dst, unsigned long i);
+unsigned long vhmm_count_moved(const unsigned long *src,
+			       const unsigned long *dst, unsigned long nr);
 void vhmm_check_src(struct vhmm_device *dev, const unsigned long *src,
 		    const unsigned long *seen, unsigned long nr);
 void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,

@@ -36,7 +36,9 @@ struct vhmm_batch;
  * @used: one bit per frame, set while the frame is allocated
  * @nr_frames: number of frames, constant
  * @nr_used: number of bits set in @used
- * @next: where the next search in @used starts
+ * @whole: one bit per block of 2 MiB, set while none of its frames is in use
+ * @partial: one bit per block, set while some are in use and some are not
+ * @nr_blocks: number of blocks, constant
  * @closed: no more frames are given out
  * @module_held: the module was pinned because frames outlive the device's
  *	contents, see vhmm_memory_lost()
@@ -55,7 +57,9 @@ struct vhmm_memory {
 	unsigned long *used;
 	unsigned long nr_frames;
 	unsigned long nr_used;
-	unsigned long next;
+	unsigned long *whole;
+	unsigned long *partial;
+	unsigned long nr_blocks;
 	bool closed;
 	bool module_held;
 	bool orphaned;
@@ -82,7 +86,6 @@ struct vhmm_memory {
  * @control: the control queue
  * @copy: the copy queues
  * @nr_copy: number of @copy in use, constant
- * @max_frames: most frames in one request, constant
  * @generation: of the memory's contents, from the configuration space
  * @uuid: of the memory, from the configuration space
  * @next_cookie: the cookie of the next request
@@ -107,7 +110,6 @@ struct vhmm_device {
 	struct vhmm_queue control;
 	struct vhmm_queue copy[VHMM_MAX_COPY_QUEUES];
 	unsigned int nr_copy;
-	unsigned int max_frames;
 	u64 generation;
 	u8 uuid[16];
 	atomic64_t next_cookie;
@@ -119,6 +121,7 @@ struct vhmm_device {
 extern unsigned int vhmm_timeout_ms;
 extern unsigned int vhmm_poll_us;
 extern unsigned int vhmm_retries;
+extern bool vhmm_large_folios;
 
 /* main.c */
 void vhmm_device_get(struct vhmm_device *dev);
@@ -144,6 +147,7 @@ void vhmm_memory_lost(struct vhmm_device *dev);
 unsigned long vhmm_memory_used(struct vhmm_device *dev);
 unsigned int vhmm_frames_alloc(struct vhmm_device *dev, struct page **pages,
 			       unsigned int nr);
+struct folio *vhmm_large_alloc(struct vhmm_device *dev);
 int vhmm_memory_setup_workqueue(void);
 void vhmm_memory_destroy_workqueue(void);
 

@@ -18,39 +18,69 @@
 /* How often to say that some still cannot be. */
 #define VHMM_EVACUATE_NOTICE	(10 * HZ)
 
-static void vhmm_evacuate_frames(struct vhmm_batch *b, unsigned long frame,
-				 unsigned long nr)
+/*
+ * Lock and unmap the pages of a block that are in use, and put them into
+ * @b->src. By frame and not by address: pages may be mapped by processes that
+ * exec or exit just now, or by several after fork. Only trylocks.
+ */
+static unsigned long vhmm_evacuate_setup(struct vhmm_batch *b, unsigned long start)
 {
-	struct vhmm_device *dev = b->dev;
-	unsigned long i, moved = 0;
+	struct vhmm_memory *mem = &b->dev->memory;
+	unsigned long first = vhmm_first_pfn(b->dev);
+	unsigned long frame, nr = 0;
 
 	/*
-	 * By frame and not by address: pages may be mapped by processes that
-	 * exec or exit just now, or by several after fork. Only trylocks.
+	 * A page that is not in use may still look like part of the large
+	 * folio it was in, so only those in use are named. A large folio that
+	 * is split meanwhile is found as its pages.
 	 */
-	migrate_device_range(b->src, vhmm_first_pfn(dev) + frame, nr);
+	if (test_bit(start, mem->used) &&
+	    folio_test_large(page_folio(pfn_to_page(first + start)))) {
+		migrate_device_range(b->src, first + start, HPAGE_PMD_NR);
+		return HPAGE_PMD_NR;
+	}
+	frame = start;
+	for_each_set_bit_from(frame, mem->used, start + HPAGE_PMD_NR)
+		b->src[nr++] = first + frame;
+	migrate_device_pfns(b->src, nr);
+	return nr;
+}
+
+static void vhmm_evacuate_block(struct vhmm_batch *b, unsigned long start)
+{
+	struct vhmm_device *dev = b->dev;
+	unsigned long i, moved, nr;
+
+	nr = vhmm_evacuate_setup(b, start);
 	memcpy(b->src_seen, b->src, nr * sizeof(*b->src));
 	for (i = 0; i < nr; i++) {
+		bool large = b->src[i] & MIGRATE_PFN_COMPOUND;
 		struct folio *folio;
 
 		b->dst[i] = 0;
 		if (!(b->src[i] & MIGRATE_PFN_MIGRATE))
 			continue;
-		/* Unbinding cannot be refused, so it waits for memory. */
-		folio = folio_alloc(GFP_HIGHUSER_MOVABLE | __GFP_NOFAIL, 0);
+		/*
+		 * Unbinding cannot be refused, so it waits for memory. A large
+		 * folio cannot be split here, and is tried again.
+		 */
+		if (large)
+			folio = folio_alloc(GFP_TRANSHUGE, HPAGE_PMD_ORDER);
+		else
+			folio = folio_alloc(GFP_HIGHUSER_MOVABLE | __GFP_NOFAIL, 0);
+		if (!folio)
+			continue;
 		folio_lock(folio);
-		b->dst[i] = migrate_pfn(folio_pfn(folio));
+		b->dst[i] = migrate_pfn(folio_pfn(folio)) |
+			    (large ? MIGRATE_PFN_COMPOUND : 0);
 	}
 	vhmm_copy_to_ram(dev, b->copy, b->src, b->dst, nr);
 	vhmm_check_src(dev, b->src, b->src_seen, nr);
 	migrate_device_pages(b->src, b->dst, nr);
-	for (i = 0; i < nr; i++) {
-		if (b->dst[i] && (b->src[i] & MIGRATE_PFN_MIGRATE))
-			moved++;
-	}
+	moved = vhmm_count_moved(b->src, b->dst, nr);
 	vhmm_count(dev, VHMM_PAGES_EVACUATED, moved);
 	migrate_device_finalize(b->src, b->dst, nr);
-	trace_vhmm_evacuate(dev, frame, nr, moved);
+	trace_vhmm_evacuate(dev, start, nr, moved);
 }
 
 /**
@@ -71,14 +101,12 @@ int vhmm_evacuate(struct vhmm_device *dev)
 	int ret = 0;
 
 	while (vhmm_memory_used(dev)) {
-		for (frame = find_first_bit(mem->used, mem->nr_frames);
-		     frame < mem->nr_frames && !vhmm_device_is_broken(dev);
-		     frame = find_next_bit(mem->used, mem->nr_frames, frame)) {
-			unsigned long nr = min(mem->nr_frames - frame,
-					       (unsigned long)b->max);
-
-			vhmm_evacuate_frames(b, frame, nr);
-			frame += nr;
+		for (frame = 0; frame < mem->nr_frames; frame += HPAGE_PMD_NR) {
+			if (vhmm_device_is_broken(dev))
+				break;
+			if (test_bit(frame / HPAGE_PMD_NR, mem->whole))
+				continue;
+			vhmm_evacuate_block(b, frame);
 			cond_resched();
 		}
 		if (vhmm_device_is_broken(dev)) {

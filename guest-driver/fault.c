@@ -16,76 +16,141 @@
 /* A frame whose copy fails while the device works is asked for so often. */
 #define VHMM_FAULT_COPIES	3
 
-static vm_fault_t vhmm_fault_copy(struct vhmm_device *dev,
-				  struct migrate_vma *args)
+/*
+ * Give pages of RAM to what is to come home and has none yet: one large folio
+ * for a large folio, else small ones.
+ */
+static bool vhmm_fault_alloc(struct migrate_vma *args)
 {
-	unsigned int copies = 0;
-	struct vhmm_request *r;
-	struct folio *folio;
+	bool large = vhmm_is_large(args->src);
+	unsigned long i, nr = large ? 1 : args->npages;
 
-	r = vhmm_request_alloc(dev, 1, 1, GFP_KERNEL);
-	if (!r)
-		return VM_FAULT_OOM;
+	for (i = 0; i < nr; i++) {
+		struct folio *folio;
+
+		if (args->dst[i] || !(args->src[i] & MIGRATE_PFN_VALID) ||
+		    !(args->src[i] & MIGRATE_PFN_MIGRATE))
+			continue;
+		/*
+		 * A large folio that is faulted on cannot be split here: the
+		 * fault holds a reference of its own on it. So its
+		 * destination is worth reclaim and compaction.
+		 */
+		folio = vma_alloc_folio(large ? GFP_TRANSHUGE : GFP_HIGHUSER_MOVABLE,
+					large ? HPAGE_PMD_ORDER : 0, args->vma,
+					args->start + i * PAGE_SIZE);
+		if (!folio)
+			return false;
+		folio_lock(folio);
+		args->dst[i] = migrate_pfn(folio_pfn(folio)) |
+			       (large ? MIGRATE_PFN_COMPOUND : 0);
+	}
+	return true;
+}
+
+static vm_fault_t vhmm_fault_copy(struct vhmm_device *dev,
+				  struct migrate_vma *args,
+				  struct vhmm_request *r, unsigned long address)
+{
+	unsigned long i = (address - args->start) >> PAGE_SHIFT;
+	unsigned int copies = 0;
+	bool memory;
 
 	do {
-		folio = vma_alloc_folio(GFP_HIGHUSER_MOVABLE, 0, args->vma,
-					args->start);
-		if (!folio)
-			break;
-		folio_lock(folio);
-		args->dst[0] = migrate_pfn(folio_pfn(folio));
-		vhmm_copy_to_ram(dev, r, args->src, args->dst, 1);
-	} while (!args->dst[0] && !vhmm_device_is_broken(dev) &&
+		memory = vhmm_fault_alloc(args);
+		vhmm_copy_to_ram(dev, r, args->src, args->dst, args->npages);
+		if (vhmm_entry(args->dst, i))
+			return 0;
+	} while (memory && !vhmm_device_is_broken(dev) &&
 		 ++copies < VHMM_FAULT_COPIES);
 
-	vhmm_request_free(r);
-	if (args->dst[0])
-		return 0;
 	/*
 	 * Without memory the kernel may free some and try again. Only when the
 	 * device has lost the contents is there nothing left to wait for.
 	 */
-	return folio ? VM_FAULT_SIGBUS : VM_FAULT_OOM;
+	return memory ? VM_FAULT_SIGBUS : VM_FAULT_OOM;
 }
 
-static vm_fault_t vhmm_fault(struct vhmm_device *dev, struct vm_fault *vmf)
+static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
+				   struct vm_fault *vmf,
+				   struct migrate_vma *args,
+				   struct vhmm_request *r)
 {
-	unsigned long src = 0, dst = 0, seen;
-	struct migrate_vma args = {
-		.vma = vmf->vma,
-		.src = &src,
-		.dst = &dst,
-		.start = vmf->address & PAGE_MASK,
-		.end = (vmf->address & PAGE_MASK) + PAGE_SIZE,
-		.pgmap_owner = dev,
-		.fault_page = vmf->page,
-		.flags = MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
-	};
+	unsigned long i = (vmf->address - args->start) >> PAGE_SHIFT;
+	unsigned long moved, seen;
 	vm_fault_t ret = 0;
 
+	args->vma = vmf->vma;
+	args->pgmap_owner = dev;
+	args->fault_page = vmf->page;
+	args->flags |= MIGRATE_VMA_SELECT_DEVICE_PRIVATE;
+
 	/* It fails only for memory that could not have come to the device. */
-	if (WARN_ON_ONCE(migrate_vma_setup(&args)))
+	if (WARN_ON_ONCE(migrate_vma_setup(args)))
 		return VM_FAULT_SIGBUS;
+	if (!args->cpages) {
+		vhmm_count(dev, VHMM_CPU_FAULTS_RETRIED, 1);
+		return 0;
+	}
 	/*
 	 * Somebody else is moving the page, or has moved it: return to the CPU,
 	 * which finds it at home or faults again.
 	 */
-	if (!args.cpages || !(src & MIGRATE_PFN_VALID)) {
-		vhmm_count(dev, VHMM_CPU_FAULTS_RETRIED, 1);
-	} else {
-		seen = src;
-		ret = vhmm_fault_copy(dev, &args);
-		vhmm_check_src(dev, &src, &seen, 1);
-	}
-	if (!args.cpages)
-		return ret;
+	seen = vhmm_entry(args->src, i);
+	if (seen & MIGRATE_PFN_VALID)
+		ret = vhmm_fault_copy(dev, args, r, vmf->address);
+	if (vhmm_entry(args->src, i) != seen)
+		vhmm_count(dev, VHMM_SRC_CHANGED, 1);
 
-	migrate_vma_pages(&args);
-	if (dst && (src & MIGRATE_PFN_MIGRATE))
-		vhmm_count(dev, VHMM_PAGES_FAULTED, 1);
-	else if (dst)
+	migrate_vma_pages(args);
+	moved = vhmm_count_moved(args->src, args->dst, args->npages);
+	vhmm_count(dev, VHMM_PAGES_FAULTED, moved);
+	if (moved && vhmm_is_large(args->dst))
+		vhmm_count(dev, VHMM_THP_TO_SYSTEM, 1);
+	if (!moved && !ret)
 		vhmm_count(dev, VHMM_CPU_FAULTS_RETRIED, 1);
-	migrate_vma_finalize(&args);
+	migrate_vma_finalize(args);
+	return ret;
+}
+
+static vm_fault_t vhmm_fault_small(struct vhmm_device *dev, struct vm_fault *vmf)
+{
+	unsigned long src = 0, dst = 0;
+	struct migrate_vma args = {
+		.src = &src,
+		.dst = &dst,
+		.start = vmf->address & PAGE_MASK,
+		.end = (vmf->address & PAGE_MASK) + PAGE_SIZE,
+	};
+	struct vhmm_request *r;
+	vm_fault_t ret;
+
+	r = vhmm_request_alloc(dev, 1, 1, GFP_KERNEL);
+	if (!r)
+		return VM_FAULT_OOM;
+	ret = vhmm_fault_range(dev, vmf, &args, r);
+	vhmm_request_free(r);
+	return ret;
+}
+
+/* The PMD maps a large folio of ours: all of it comes home. */
+static vm_fault_t vhmm_fault_large(struct vhmm_device *dev, struct vm_fault *vmf)
+{
+	struct migrate_vma args = {
+		.start = vmf->address & HPAGE_PMD_MASK,
+		.end = (vmf->address & HPAGE_PMD_MASK) + HPAGE_PMD_SIZE,
+		.flags = MIGRATE_VMA_SELECT_COMPOUND,
+	};
+	struct vhmm_batch *b;
+	vm_fault_t ret;
+
+	b = vhmm_batch_alloc(dev, false);
+	if (!b)
+		return VM_FAULT_OOM;
+	args.src = b->src;
+	args.dst = b->dst;
+	ret = vhmm_fault_range(dev, vmf, &args, b->copy);
+	vhmm_batch_free(b);
 	return ret;
 }
 
@@ -109,8 +174,10 @@ vm_fault_t vhmm_migrate_to_ram(struct vm_fault *vmf)
 
 	if (vhmm_device_is_broken(dev))
 		ret = VM_FAULT_SIGBUS;
+	else if (vmf->pte)
+		ret = vhmm_fault_small(dev, vmf);
 	else
-		ret = vhmm_fault(dev, vmf);
+		ret = vhmm_fault_large(dev, vmf);
 
 	ns = ktime_to_ns(ktime_sub(ktime_get(), begin));
 	vhmm_count(dev, VHMM_CPU_FAULTS, 1);

@@ -30,6 +30,10 @@ unsigned int vhmm_retries = 4;
 module_param_named(retries, vhmm_retries, uint, 0644);
 MODULE_PARM_DESC(retries, "How often to try pages again that only raced (4)");
 
+bool vhmm_large_folios = true;
+module_param_named(large_folios, vhmm_large_folios, bool, 0644);
+MODULE_PARM_DESC(large_folios, "Migrate 2 MiB folios as one (Y)");
+
 static DEFINE_IDA(vhmm_ida);
 
 static void vhmm_device_free(struct kref *ref)
@@ -83,14 +87,14 @@ void vhmm_device_break(struct vhmm_device *dev, const char *why)
 static int vhmm_read_config(struct vhmm_device *dev, u64 *memory_size)
 {
 	struct virtio_device *vdev = dev->vdev;
-	u32 version, frame_size, copy_queues;
+	u32 version, frame_size, copy_queues, max_frames;
 
 	virtio_cread_le(vdev, struct virtio_hmm_config, version, &version);
 	virtio_cread_le(vdev, struct virtio_hmm_config, frame_size, &frame_size);
 	virtio_cread_le(vdev, struct virtio_hmm_config, memory_size, memory_size);
 	virtio_cread_le(vdev, struct virtio_hmm_config, copy_queues, &copy_queues);
 	virtio_cread_le(vdev, struct virtio_hmm_config, max_frames,
-			&dev->max_frames);
+			&max_frames);
 	virtio_cread_le(vdev, struct virtio_hmm_config, generation,
 			&dev->generation);
 	virtio_cread_bytes(vdev, offsetof(struct virtio_hmm_config, uuid),
@@ -102,13 +106,12 @@ static int vhmm_read_config(struct vhmm_device *dev, u64 *memory_size)
 		return -EINVAL;
 	}
 	if (frame_size != PAGE_SIZE || !*memory_size ||
-	    !IS_ALIGNED(*memory_size, PMD_SIZE) || !dev->max_frames ||
-	    dev->max_frames > VIRTIO_HMM_MAX_FRAMES ||
-	    !is_power_of_2(dev->max_frames) || !copy_queues ||
+	    !IS_ALIGNED(*memory_size, HPAGE_PMD_SIZE) ||
+	    max_frames < VHMM_BATCH_PAGES || !copy_queues ||
 	    *memory_size >> PAGE_SHIFT > U32_MAX) {
 		dev_err(&vdev->dev,
 			"unusable device: %llu bytes in frames of %u, %u frames a request, %u copy queues\n",
-			*memory_size, frame_size, dev->max_frames, copy_queues);
+			*memory_size, frame_size, max_frames, copy_queues);
 		return -EINVAL;
 	}
 	dev->nr_copy = min(copy_queues, VHMM_MAX_COPY_QUEUES);

@@ -13,6 +13,33 @@
 /* Ends orphaned memory; waited for when the module is unloaded. */
 static struct workqueue_struct *vhmm_release_wq;
 
+/* A large folio of device memory is as large as one of RAM that a PMD maps. */
+#define VHMM_BLOCK_FRAMES	HPAGE_PMD_NR
+
+/*
+ * Note which blocks are whole, partly used or full, after frames from @frame on
+ * changed hands.
+ */
+static void vhmm_update_blocks(struct vhmm_memory *mem, unsigned long frame,
+			       unsigned long nr)
+{
+	unsigned long block = frame / VHMM_BLOCK_FRAMES;
+	unsigned long last = (frame + nr - 1) / VHMM_BLOCK_FRAMES;
+
+	lockdep_assert_held(&mem->lock);
+
+	for (; block <= last; block++) {
+		unsigned long *used = mem->used +
+			BIT_WORD(block * VHMM_BLOCK_FRAMES);
+
+		__assign_bit(block, mem->whole,
+			     bitmap_empty(used, VHMM_BLOCK_FRAMES));
+		__assign_bit(block, mem->partial,
+			     !bitmap_empty(used, VHMM_BLOCK_FRAMES) &&
+			     !bitmap_full(used, VHMM_BLOCK_FRAMES));
+	}
+}
+
 /*
  * The last reference to a device page is gone. It may have been dropped under
  * a page-table lock, so this must not sleep.
@@ -26,6 +53,7 @@ static void vhmm_folio_free(struct folio *folio)
 
 	spin_lock_irqsave(&mem->lock, flags);
 	bitmap_clear(mem->used, vhmm_page_frame(dev, &folio->page), nr);
+	vhmm_update_blocks(mem, vhmm_page_frame(dev, &folio->page), nr);
 	mem->nr_used -= nr;
 	if (!mem->nr_used) {
 		wake_up_all(&mem->empty);
@@ -44,17 +72,39 @@ static void vhmm_folio_free(struct folio *folio)
 	spin_unlock_irqrestore(&mem->lock, flags);
 }
 
+/*
+ * No folio_split: a page finds its device through its pgmap, which the core
+ * copies to the parts of a folio, and frames are freed by their number.
+ */
 static const struct dev_pagemap_ops vhmm_pagemap_ops = {
 	.folio_free = vhmm_folio_free,
 	.migrate_to_ram = vhmm_migrate_to_ram,
 };
+
+static int vhmm_bitmaps_alloc(struct vhmm_memory *mem)
+{
+	mem->used = bitmap_zalloc(mem->nr_frames, GFP_KERNEL);
+	mem->whole = bitmap_alloc(mem->nr_blocks, GFP_KERNEL);
+	mem->partial = bitmap_zalloc(mem->nr_blocks, GFP_KERNEL);
+	if (!mem->used || !mem->whole || !mem->partial)
+		return -ENOMEM;
+	bitmap_fill(mem->whole, mem->nr_blocks);
+	return 0;
+}
+
+static void vhmm_bitmaps_free(struct vhmm_memory *mem)
+{
+	bitmap_free(mem->used);
+	bitmap_free(mem->whole);
+	bitmap_free(mem->partial);
+}
 
 static void vhmm_memory_unmap(struct vhmm_memory *mem)
 {
 	memunmap_pages(&mem->pgmap);
 	release_mem_region(mem->resource->start, resource_size(mem->resource));
 	mem->resource = NULL;
-	bitmap_free(mem->used);
+	vhmm_bitmaps_free(mem);
 }
 
 static void vhmm_memory_release(struct work_struct *work)
@@ -83,20 +133,22 @@ int vhmm_memory_init(struct vhmm_device *dev, u64 size)
 {
 	struct vhmm_memory *mem = &dev->memory;
 	struct resource *res;
-	void *ret;
+	void *map;
+	int ret;
 
 	spin_lock_init(&mem->lock);
 	init_waitqueue_head(&mem->empty);
 	INIT_WORK(&mem->release_work, vhmm_memory_release);
 	mem->nr_frames = size >> PAGE_SHIFT;
-	mem->used = bitmap_zalloc(mem->nr_frames, GFP_KERNEL);
-	if (!mem->used)
-		return -ENOMEM;
+	mem->nr_blocks = mem->nr_frames / VHMM_BLOCK_FRAMES;
+	ret = vhmm_bitmaps_alloc(mem);
+	if (ret)
+		goto err_bitmaps;
 
 	res = request_free_mem_region(&iomem_resource, size, "virtio_hmm");
 	if (IS_ERR(res)) {
-		bitmap_free(mem->used);
-		return PTR_ERR(res);
+		ret = PTR_ERR(res);
+		goto err_bitmaps;
 	}
 	mem->resource = res;
 
@@ -106,14 +158,19 @@ int vhmm_memory_init(struct vhmm_device *dev, u64 size)
 	mem->pgmap.nr_range = 1;
 	mem->pgmap.ops = &vhmm_pagemap_ops;
 	mem->pgmap.owner = dev;
-	ret = memremap_pages(&mem->pgmap, dev_to_node(&dev->vdev->dev));
-	if (IS_ERR(ret)) {
-		release_mem_region(res->start, resource_size(res));
-		mem->resource = NULL;
-		bitmap_free(mem->used);
-		return PTR_ERR(ret);
+	map = memremap_pages(&mem->pgmap, dev_to_node(&dev->vdev->dev));
+	if (IS_ERR(map)) {
+		ret = PTR_ERR(map);
+		goto err_region;
 	}
 	return 0;
+
+err_region:
+	release_mem_region(res->start, resource_size(res));
+	mem->resource = NULL;
+err_bitmaps:
+	vhmm_bitmaps_free(mem);
+	return ret;
 }
 
 /**
@@ -190,9 +247,9 @@ unsigned long vhmm_memory_used(struct vhmm_device *dev)
  * @pages: where to put their pages, locked and with one reference each
  * @nr: how many are wanted
  *
- * The search goes on where the last one ended, so that a batch gets
- * neighbouring frames and its request few extents. What the frames contain is
- * undefined: the caller has to overwrite all of it.
+ * Blocks that are in use anyway come first, so that whole ones stay for large
+ * folios. What the frames contain is undefined: the caller has to overwrite
+ * all of it.
  *
  * Return: how many were allocated, 0 to @nr.
  */
@@ -201,31 +258,66 @@ unsigned int vhmm_frames_alloc(struct vhmm_device *dev, struct page **pages,
 {
 	struct vhmm_memory *mem = &dev->memory;
 	unsigned long first = vhmm_first_pfn(dev);
+	unsigned long flags, block, frame, end;
 	unsigned int found = 0, i;
-	unsigned long flags, frame;
 
 	spin_lock_irqsave(&mem->lock, flags);
-	if (!mem->closed)
-		nr = min_t(unsigned long, nr, mem->nr_frames - mem->nr_used);
-	else
-		nr = 0;
-	frame = mem->next;
-	while (found < nr) {
-		frame = find_next_zero_bit(mem->used, mem->nr_frames, frame);
-		if (frame == mem->nr_frames) {
-			frame = 0;
-			continue;
+	while (found < nr && !mem->closed) {
+		block = find_first_bit(mem->partial, mem->nr_blocks);
+		if (block == mem->nr_blocks)
+			block = find_first_bit(mem->whole, mem->nr_blocks);
+		if (block == mem->nr_blocks)
+			break;
+		frame = block * VHMM_BLOCK_FRAMES;
+		end = frame + VHMM_BLOCK_FRAMES;
+		for (; found < nr; frame++) {
+			frame = find_next_zero_bit(mem->used, end, frame);
+			if (frame == end)
+				break;
+			__set_bit(frame, mem->used);
+			pages[found++] = pfn_to_page(first + frame);
 		}
-		__set_bit(frame, mem->used);
-		pages[found++] = pfn_to_page(first + frame++);
+		vhmm_update_blocks(mem, block * VHMM_BLOCK_FRAMES, 1);
 	}
 	mem->nr_used += found;
-	mem->next = frame;
 	spin_unlock_irqrestore(&mem->lock, flags);
 
 	for (i = 0; i < found; i++)
 		zone_device_page_init(pages[i], &mem->pgmap, 0);
 	return found;
+}
+
+/**
+ * vhmm_large_alloc() - allocate a large folio of device memory
+ * @dev: the device
+ *
+ * What it contains is undefined.
+ *
+ * Return: the folio, of HPAGE_PMD_NR frames, locked and with one reference; or
+ * NULL when no block is whole.
+ */
+struct folio *vhmm_large_alloc(struct vhmm_device *dev)
+{
+	struct vhmm_memory *mem = &dev->memory;
+	unsigned long flags, block, frame;
+	struct folio *folio;
+
+	spin_lock_irqsave(&mem->lock, flags);
+	block = find_first_bit(mem->whole, mem->nr_blocks);
+	if (mem->closed || block == mem->nr_blocks) {
+		spin_unlock_irqrestore(&mem->lock, flags);
+		return NULL;
+	}
+	frame = block * VHMM_BLOCK_FRAMES;
+	bitmap_set(mem->used, frame, VHMM_BLOCK_FRAMES);
+	vhmm_update_blocks(mem, frame, VHMM_BLOCK_FRAMES);
+	mem->nr_used += VHMM_BLOCK_FRAMES;
+	spin_unlock_irqrestore(&mem->lock, flags);
+
+	/* Not page_folio(): the page may still look like part of a former folio. */
+	folio = (struct folio *)pfn_to_page(vhmm_first_pfn(dev) + frame);
+	zone_device_folio_init(folio, &mem->pgmap, HPAGE_PMD_ORDER);
+	return folio;
 }
 
 int vhmm_memory_setup_workqueue(void)

@@ -38,28 +38,40 @@ static void vhmm_resolve(u8 *outcome, unsigned long start, unsigned long end,
 }
 
 /*
- * Tell whether source entry @i shall go to the device: a page that setup has
- * locked, unmapped and checked for pins, or a hole. Pages of files come this
- * far in private mappings, and would be refused only after the copy.
+ * Tell whether page @i shall go to the device: one that setup has locked,
+ * unmapped and checked for pins, or a hole. Pages of files come this far in
+ * private mappings, and would be refused only after the copy.
  */
 static bool vhmm_wanted(const unsigned long *src, const u8 *outcome,
 			unsigned long i)
 {
 	struct page *page;
 
-	if (!(src[i] & MIGRATE_PFN_MIGRATE) || !vhmm_unresolved(outcome[i]))
+	if (!(vhmm_entry(src, i) & MIGRATE_PFN_MIGRATE) ||
+	    !vhmm_unresolved(outcome[i]))
 		return false;
-	page = migrate_pfn_to_page(src[i]);
+	page = vhmm_entry_page(src, i);
 	return !page || folio_test_anon(page_folio(page));
 }
 
-/*
- * Give every wanted page a device page, and ask the device to copy it, or to
- * fill it with zeroes where there was never a page (or the zero page): a hole
- * has nothing to copy, and its frame may hold what somebody else left there.
- */
-static void vhmm_alloc_and_submit(struct vhmm_batch *b, unsigned long nr,
-				  u8 *outcome)
+/* Give a large folio, or a hole as large, a large folio of device memory. */
+static bool vhmm_alloc_large(struct vhmm_batch *b, u8 *outcome)
+{
+	struct folio *folio;
+
+	if (!vhmm_is_large(b->src) || !vhmm_wanted(b->src, outcome, 0))
+		return false;
+	folio = vhmm_large_alloc(b->dev);
+	if (!folio) {
+		vhmm_count(b->dev, VHMM_THP_FALLBACK, 1);
+		return false;
+	}
+	b->dst[0] = migrate_pfn(folio_pfn(folio)) | MIGRATE_PFN_COMPOUND;
+	return true;
+}
+
+/* Give every wanted page a device page, as far as there are any. */
+static void vhmm_alloc_small(struct vhmm_batch *b, unsigned long nr, u8 *outcome)
 {
 	const unsigned long *src = b->src;
 	unsigned int wanted = 0, got, used = 0;
@@ -69,22 +81,45 @@ static void vhmm_alloc_and_submit(struct vhmm_batch *b, unsigned long nr,
 		wanted += vhmm_wanted(src, outcome, i);
 	got = vhmm_frames_alloc(b->dev, b->pages, wanted);
 
+	for (i = 0; i < nr; i++) {
+		if (!vhmm_wanted(src, outcome, i))
+			continue;
+		if (used == got)
+			outcome[i] = VHMM_SKIP(NO_MEMORY);
+		else
+			b->dst[i] = migrate_pfn(page_to_pfn(b->pages[used++]));
+	}
+	/* A large folio is split and may go in part, but a hole takes all or none. */
+	if (vhmm_is_large(src) && !(src[0] & MIGRATE_PFN_VALID) && got < wanted) {
+		for (i = 0; i < nr; i++) {
+			vhmm_drop_destination(b->dst, i);
+			outcome[i] = VHMM_SKIP(NO_MEMORY);
+		}
+	}
+}
+
+/*
+ * Ask the device to copy what is to move, or to fill it with zeroes where
+ * there was never a page (or the zero page): a hole has nothing to copy, and
+ * its frame may hold what somebody else left there.
+ */
+static void vhmm_alloc_and_submit(struct vhmm_batch *b, unsigned long nr,
+				  u8 *outcome)
+{
+	unsigned long i;
+
+	if (!vhmm_alloc_large(b, outcome))
+		vhmm_alloc_small(b, nr, outcome);
+
 	vhmm_request_start(b->copy, VIRTIO_HMM_OP_TO_DEVICE);
 	vhmm_request_start(b->fill, VIRTIO_HMM_OP_FILL);
 	for (i = 0; i < nr; i++) {
-		struct page *spage = migrate_pfn_to_page(src[i]);
-		struct page *dpage;
+		struct page *spage = vhmm_entry_page(b->src, i);
+		struct page *dpage = vhmm_entry_page(b->dst, i);
 
-		if (!vhmm_wanted(src, outcome, i))
-			continue;
-		if (used == got) {
-			outcome[i] = VHMM_SKIP(NO_MEMORY);
-			continue;
-		}
-		dpage = b->pages[used++];
-		b->dst[i] = migrate_pfn(page_to_pfn(dpage));
-		vhmm_request_add(spage ? b->copy : b->fill,
-				 vhmm_page_frame(b->dev, dpage), spage, i);
+		if (dpage)
+			vhmm_request_add(spage ? b->copy : b->fill,
+					 vhmm_page_frame(b->dev, dpage), spage, i);
 	}
 	if (b->copy->nr_frames)
 		vhmm_request_submit(b->copy);
@@ -95,6 +130,7 @@ static void vhmm_alloc_and_submit(struct vhmm_batch *b, unsigned long nr,
 static void vhmm_wait_and_check(struct vhmm_batch *b, struct vhmm_request *r,
 				u8 *outcome)
 {
+	bool large = vhmm_is_large(b->dst);
 	unsigned int i;
 	int ret;
 
@@ -102,12 +138,13 @@ static void vhmm_wait_and_check(struct vhmm_batch *b, struct vhmm_request *r,
 		return;
 	ret = vhmm_request_wait(r);
 	for (i = 0; i < r->nr_frames; i++) {
-		unsigned int slot = r->slots[i];
-
-		if (ret || !vhmm_request_frame_ok(r, i)) {
-			vhmm_drop_destination(&b->dst[slot]);
-			outcome[slot] = VHMM_SKIP(COPY_FAILED);
-		}
+		if (!ret && vhmm_request_frame_ok(r, i))
+			continue;
+		vhmm_drop_destination(b->dst, r->slots[i]);
+		if (large)
+			memset(outcome, VHMM_SKIP(COPY_FAILED), r->nr_frames);
+		else
+			outcome[r->slots[i]] = VHMM_SKIP(COPY_FAILED);
 	}
 }
 
@@ -118,9 +155,11 @@ static void vhmm_account(struct vhmm_batch *b, unsigned long nr, bool to_device,
 	unsigned long i, moved = 0, filled = 0;
 
 	for (i = 0; i < nr; i++) {
-		if (!b->dst[i] || !(b->src[i] & MIGRATE_PFN_MIGRATE))
+		if (!vhmm_entry(b->dst, i) ||
+		    !((vhmm_is_large(b->dst) ? b->src[0] : b->src[i]) &
+		      MIGRATE_PFN_MIGRATE))
 			continue;
-		if (b->src_seen[i] & MIGRATE_PFN_VALID) {
+		if (vhmm_entry(b->src_seen, i) & MIGRATE_PFN_VALID) {
 			outcome[i] = VHMM_MOVED;
 			moved++;
 		} else {
@@ -134,6 +173,25 @@ static void vhmm_account(struct vhmm_batch *b, unsigned long nr, bool to_device,
 	} else {
 		vhmm_count(b->dev, VHMM_PAGES_TO_SYSTEM, moved);
 	}
+	if (vhmm_is_large(b->dst) && moved + filled)
+		vhmm_count(b->dev, to_device ? VHMM_THP_TO_DEVICE :
+					       VHMM_THP_TO_SYSTEM, 1);
+}
+
+static bool vhmm_alloc_ram(struct vhmm_batch *b, struct migrate_vma *args,
+			   unsigned long i, unsigned int order)
+{
+	/* A large folio that is not at hand is not worth the wait. */
+	gfp_t gfp = order ? GFP_TRANSHUGE_LIGHT : GFP_HIGHUSER_MOVABLE;
+	struct folio *folio = vma_alloc_folio(gfp, order, args->vma,
+					      args->start + i * PAGE_SIZE);
+
+	if (!folio)
+		return false;
+	folio_lock(folio);
+	b->dst[i] = migrate_pfn(folio_pfn(folio)) |
+		    (order ? MIGRATE_PFN_COMPOUND : 0);
+	return true;
 }
 
 static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
@@ -141,28 +199,39 @@ static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
 {
 	unsigned long i;
 
+	if (vhmm_is_large(b->src) &&
+	    !(b->src[0] & MIGRATE_PFN_VALID && b->src[0] & MIGRATE_PFN_MIGRATE))
+		return;
+	if (vhmm_is_large(b->src) && vhmm_alloc_ram(b, args, 0, HPAGE_PMD_ORDER))
+		goto copy;
+	if (vhmm_is_large(b->src))
+		vhmm_count(b->dev, VHMM_THP_FALLBACK, 1);
+
 	for (i = 0; i < args->npages; i++) {
-		const unsigned long src = b->src[i];
-		struct folio *folio;
+		unsigned long src = vhmm_entry(b->src, i);
 
 		/* Holes are reported in this direction as well: they stay. */
 		if (!(src & MIGRATE_PFN_MIGRATE) || !(src & MIGRATE_PFN_VALID) ||
 		    !vhmm_unresolved(outcome[i]))
 			continue;
-		folio = vma_alloc_folio(GFP_HIGHUSER_MOVABLE, 0, args->vma,
-					args->start + i * PAGE_SIZE);
-		if (!folio) {
+		if (!vhmm_alloc_ram(b, args, i, 0))
 			outcome[i] = VHMM_SKIP(NO_MEMORY);
-			continue;
+		/* Without the first, none of a large folio can move. */
+		if (vhmm_is_large(b->src) && !b->dst[0]) {
+			vhmm_resolve(outcome, args->start, args->end,
+				     VHMM_SKIP(NO_MEMORY));
+			return;
 		}
-		folio_lock(folio);
-		b->dst[i] = migrate_pfn(folio_pfn(folio));
-		/* Until vhmm_account() says otherwise. */
-		outcome[i] = VHMM_SKIP(COPY_FAILED);
+	}
+copy:
+	for (i = 0; i < args->npages; i++) {
+		if (vhmm_entry(b->dst, i))
+			outcome[i] = VHMM_SKIP(COPY_FAILED);
 	}
 	vhmm_copy_to_ram(b->dev, b->copy, b->src, b->dst, args->npages);
+	/* Until vhmm_account() says otherwise. */
 	for (i = 0; i < args->npages; i++) {
-		if (b->dst[i])
+		if (vhmm_entry(b->dst, i))
 			outcome[i] = VHMM_PENDING;
 	}
 }
@@ -216,9 +285,22 @@ static void vhmm_classify(struct vhmm_batch *b, struct vm_area_struct *vma,
 	}
 }
 
+/*
+ * A PMD can move as one: if the range is one, and (a hole has no folio that
+ * says so) the process did not ask for small pages.
+ */
+static bool vhmm_may_be_large(struct vm_area_struct *vma, unsigned long start,
+			      unsigned long end)
+{
+	return vhmm_large_folios && thp_migration_supported() &&
+	       IS_ALIGNED(start, HPAGE_PMD_SIZE) &&
+	       end - start == HPAGE_PMD_SIZE &&
+	       !(vma->vm_flags & VM_NOHUGEPAGE);
+}
+
 static void vhmm_migrate_vma(struct vhmm_batch *b, struct vm_area_struct *vma,
 			     unsigned long start, unsigned long end,
-			     bool to_device, u8 *outcome)
+			     bool to_device, bool large, u8 *outcome)
 {
 	struct migrate_vma args = {
 		.vma = vma,
@@ -231,6 +313,8 @@ static void vhmm_migrate_vma(struct vhmm_batch *b, struct vm_area_struct *vma,
 				     MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
 	};
 
+	if (large && vhmm_may_be_large(vma, start, end))
+		args.flags |= MIGRATE_VMA_SELECT_COMPOUND;
 	if (migrate_vma_setup(&args)) {
 		vhmm_resolve(outcome, start, end, VHMM_SKIP(UNSUPPORTED));
 		return;
@@ -263,7 +347,7 @@ static bool vhmm_vma_is_supported(struct vm_area_struct *vma)
 /* One attempt on a window of at most a batch, which several VMAs may share. */
 static void vhmm_migrate_window(struct vhmm_batch *b, struct mm_struct *mm,
 				unsigned long start, unsigned long end,
-				bool to_device)
+				bool to_device, bool large)
 {
 	unsigned long addr = start;
 
@@ -282,7 +366,7 @@ static void vhmm_migrate_window(struct vhmm_batch *b, struct mm_struct *mm,
 			next = min(end, vma->vm_end);
 			if (vhmm_vma_is_supported(vma))
 				vhmm_migrate_vma(b, vma, addr, next, to_device,
-						 outcome);
+						 large, outcome);
 			else
 				vhmm_resolve(outcome, addr, next, to_device ?
 					     VHMM_SKIP(UNSUPPORTED) :
@@ -314,7 +398,8 @@ static int vhmm_migrate_batch(struct vhmm_batch *b, struct mm_struct *mm,
 	for (;;) {
 		if (mmap_read_lock_killable(mm))
 			return -EINTR;
-		vhmm_migrate_window(b, mm, start, end, to_device);
+		/* A large folio that stayed is tried again in small pages. */
+		vhmm_migrate_window(b, mm, start, end, to_device, !attempt);
 		mmap_read_unlock(mm);
 		if (vhmm_device_is_broken(b->dev))
 			return -EIO;
@@ -370,7 +455,7 @@ int vhmm_migrate_range(struct vhmm_device *dev, struct mm_struct *mm,
 
 	trace_vhmm_migrate_begin(dev, addr, end, to_device);
 	while (addr < end) {
-		unsigned long next = min(ALIGN(addr + 1, b->max * PAGE_SIZE), end);
+		unsigned long next = min(ALIGN(addr + 1, HPAGE_PMD_SIZE), end);
 
 		/* Not before the first batch: a call always gets on. */
 		if (addr != arg->start && signal_pending(current))
