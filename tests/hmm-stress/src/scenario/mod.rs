@@ -5,6 +5,7 @@ mod fault_storm;
 mod fork_cow;
 mod huge_pages;
 mod ioctl_errors;
+mod large_folios;
 mod partial_changes;
 mod ping_pong;
 mod processes;
@@ -86,6 +87,12 @@ pub const ALL: &[Scenario] = &[
         about: "ranges of huge pages, whole and in part",
         weight: 1,
         run: huge_pages::run,
+    },
+    Scenario {
+        name: "large-folios",
+        about: "huge pages travel as one, are split on the device, and go small where they must",
+        weight: 1,
+        run: large_folios::run,
     },
     Scenario {
         name: "signals",
