@@ -308,6 +308,21 @@ fn expect_quick_end(run: Running) -> Result {
     })
 }
 
+/// What `script` prints after `held` and the death of the device. It then has a line to read.
+fn text_with_dying_device(script: &str) -> Result<String> {
+    let mut run = vm(&["run", "--device-may-die"])?
+        .with(hold_options()?)
+        .with(["--", "sh", "-c", script])
+        .listening()
+        .launch()?;
+    run.wait_for_line("held")?;
+    run.kill("vhost-device-hmm", Signal::KILL)?;
+    run.say(b"\n")?;
+    let run = run.finish()?;
+    run.expect_status(0)?;
+    Ok(run.text())
+}
+
 fn dead_device_is_sigbus() -> Result {
     let script = hold_script(&format!(
         "echo held; read line; touch {GO}
@@ -316,20 +331,9 @@ fn dead_device_is_sigbus() -> Result {
          hmm-stress contract s6_whole_range_never_touched >/dev/null 2>&1 && exit 96
          echo others go on"
     ));
-    let mut run = vm(&["run", "--device-may-die"])?
-        .with(hold_options()?)
-        .with(["--", "sh", "-c", &script])
-        .listening()
-        .launch()?;
-    run.wait_for_line("held")?;
-    run.kill("vhost-device-hmm", Signal::KILL)?;
-    run.say(b"\n")?;
-    let run = run.finish()?;
-    run.expect_status(0)?;
+    let text = text_with_dying_device(&script)?;
     // 135 is 128 and SIGBUS.
-    check(run.text() == "holder 135\n1000000\nothers go on\n", || {
-        run.text()
-    })
+    check(text == "holder 135\n1000000\nothers go on\n", || text)
 }
 
 /// The driver cannot go while a process maps lost pages, but its device can.
@@ -348,17 +352,8 @@ fn lost_pages_outlive() -> Result {
          done
          echo unloaded"
     ));
-    let mut run = vm(&["run", "--device-may-die"])?
-        .with(hold_options()?)
-        .with(["--", "sh", "-c", &script])
-        .listening()
-        .launch()?;
-    run.wait_for_line("held")?;
-    run.kill("vhost-device-hmm", Signal::KILL)?;
-    run.say(b"\n")?;
-    let run = run.finish()?;
-    run.expect_status(0)?;
-    check(run.text() == "holder 135\nunloaded\n", || run.text())
+    let text = text_with_dying_device(&script)?;
+    check(text == "holder 135\nunloaded\n", || text)
 }
 
 fn guest_panic_is_found() -> Result {
