@@ -88,12 +88,8 @@ unsigned long vhmm_count_moved(const unsigned long *src,
 {
 	unsigned long i, moved = 0;
 
-	if (vhmm_is_large(dst))
-		return src[0] & MIGRATE_PFN_MIGRATE ? nr : 0;
-	for (i = 0; i < nr; i++) {
-		if (dst[i] && (src[i] & MIGRATE_PFN_MIGRATE))
-			moved++;
-	}
+	for (i = 0; i < nr; i++)
+		moved += vhmm_has_moved(src, dst, i);
 	return moved;
 }
 

@@ -7,6 +7,7 @@
 
 #include <linux/huge_mm.h>
 #include <linux/migrate.h>
+#include <linux/pagemap.h>
 
 struct vhmm_device;
 struct vhmm_request;
@@ -76,6 +77,22 @@ static inline struct page *vhmm_entry_page(const unsigned long *entries,
 
 	return page && vhmm_is_large(entries) ? folio_page(page_folio(page), i) :
 						page;
+}
+
+/* Whether page @i is at its destination, after migrate_vma_pages(). */
+static inline bool vhmm_has_moved(const unsigned long *src,
+				  const unsigned long *dst, unsigned long i)
+{
+	return vhmm_entry(dst, i) &&
+	       (src[vhmm_is_large(dst) ? 0 : i] & MIGRATE_PFN_MIGRATE);
+}
+
+/* The destination entry for a folio of RAM; locks the folio. */
+static inline unsigned long vhmm_ram_destination(struct folio *folio)
+{
+	folio_lock(folio);
+	return migrate_pfn(folio_pfn(folio)) |
+	       (folio_test_large(folio) ? MIGRATE_PFN_COMPOUND : 0);
 }
 
 struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool fill);

@@ -182,7 +182,7 @@ static inline bool vhmm_pfn_is_ours(const struct vhmm_device *dev,
 vm_fault_t vhmm_migrate_to_ram(struct vm_fault *vmf);
 
 /* evacuate.c */
-int vhmm_evacuate(struct vhmm_device *dev);
+void vhmm_evacuate(struct vhmm_device *dev);
 
 /* migrate.c */
 int vhmm_migrate_range(struct vhmm_device *dev, struct mm_struct *mm,

@@ -70,9 +70,7 @@ static void vhmm_evacuate_block(struct vhmm_batch *b, unsigned long start)
 			folio = folio_alloc(GFP_HIGHUSER_MOVABLE | __GFP_NOFAIL, 0);
 		if (!folio)
 			continue;
-		folio_lock(folio);
-		b->dst[i] = migrate_pfn(folio_pfn(folio)) |
-			    (large ? MIGRATE_PFN_COMPOUND : 0);
+		b->dst[i] = vhmm_ram_destination(folio);
 	}
 	vhmm_copy_to_ram(dev, b->copy, b->src, b->dst, nr);
 	vhmm_check_src(dev, b->src, b->src_seen, nr);
@@ -89,16 +87,14 @@ static void vhmm_evacuate_block(struct vhmm_batch *b, unsigned long start)
  *
  * Goes on until no frame is in use: a page that is locked now, because it is
  * being faulted back or its process exits, is found free or unlocked later.
- *
- * Return: 0; -EIO when the device broke, and pages may be left.
+ * Ends early when the device breaks, and pages may be left then.
  */
-int vhmm_evacuate(struct vhmm_device *dev)
+void vhmm_evacuate(struct vhmm_device *dev)
 {
 	struct vhmm_memory *mem = &dev->memory;
 	unsigned long notice = jiffies + VHMM_EVACUATE_NOTICE;
 	struct vhmm_batch *b = dev->evacuation;
 	unsigned long frame;
-	int ret = 0;
 
 	while (vhmm_memory_used(dev)) {
 		for (frame = 0; frame < mem->nr_frames; frame += HPAGE_PMD_NR) {
@@ -109,10 +105,8 @@ int vhmm_evacuate(struct vhmm_device *dev)
 			vhmm_evacuate_block(b, frame);
 			cond_resched();
 		}
-		if (vhmm_device_is_broken(dev)) {
-			ret = -EIO;
+		if (vhmm_device_is_broken(dev))
 			break;
-		}
 		wait_event_timeout(mem->empty, !vhmm_memory_used(dev),
 				   VHMM_EVACUATE_PAUSE);
 		if (time_after(jiffies, notice)) {
@@ -121,5 +115,4 @@ int vhmm_evacuate(struct vhmm_device *dev)
 			notice = jiffies + VHMM_EVACUATE_NOTICE;
 		}
 	}
-	return ret;
 }

@@ -41,9 +41,7 @@ static bool vhmm_fault_alloc(struct migrate_vma *args)
 					args->start + i * PAGE_SIZE);
 		if (!folio)
 			return false;
-		folio_lock(folio);
-		args->dst[i] = migrate_pfn(folio_pfn(folio)) |
-			       (large ? MIGRATE_PFN_COMPOUND : 0);
+		args->dst[i] = vhmm_ram_destination(folio);
 	}
 	return true;
 }
@@ -74,10 +72,11 @@ static vm_fault_t vhmm_fault_copy(struct vhmm_device *dev,
 static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 				   struct vm_fault *vmf,
 				   struct migrate_vma *args,
+				   unsigned long *seen,
 				   struct vhmm_request *r)
 {
 	unsigned long i = (vmf->address - args->start) >> PAGE_SHIFT;
-	unsigned long moved, seen;
+	unsigned long moved;
 	vm_fault_t ret = 0;
 
 	args->vma = vmf->vma;
@@ -92,15 +91,14 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 		vhmm_count(dev, VHMM_CPU_FAULTS_RETRIED, 1);
 		return 0;
 	}
+	memcpy(seen, args->src, args->npages * sizeof(*seen));
 	/*
-	 * Somebody else is moving the page, or has moved it: return to the CPU,
-	 * which finds it at home or faults again.
+	 * Or else somebody is moving the page, or has moved it: return to the
+	 * CPU, which finds it at home or faults again.
 	 */
-	seen = vhmm_entry(args->src, i);
-	if (seen & MIGRATE_PFN_VALID)
+	if (vhmm_entry(args->src, i) & MIGRATE_PFN_VALID)
 		ret = vhmm_fault_copy(dev, args, r, vmf->address);
-	if (vhmm_entry(args->src, i) != seen)
-		vhmm_count(dev, VHMM_SRC_CHANGED, 1);
+	vhmm_check_src(dev, args->src, seen, args->npages);
 
 	migrate_vma_pages(args);
 	moved = vhmm_count_moved(args->src, args->dst, args->npages);
@@ -115,7 +113,7 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 
 static vm_fault_t vhmm_fault_small(struct vhmm_device *dev, struct vm_fault *vmf)
 {
-	unsigned long src = 0, dst = 0;
+	unsigned long src = 0, dst = 0, seen;
 	struct migrate_vma args = {
 		.src = &src,
 		.dst = &dst,
@@ -128,7 +126,7 @@ static vm_fault_t vhmm_fault_small(struct vhmm_device *dev, struct vm_fault *vmf
 	r = vhmm_request_alloc(dev, 1, 1, GFP_KERNEL);
 	if (!r)
 		return VM_FAULT_OOM;
-	ret = vhmm_fault_range(dev, vmf, &args, r);
+	ret = vhmm_fault_range(dev, vmf, &args, &seen, r);
 	vhmm_request_free(r);
 	return ret;
 }
@@ -149,7 +147,7 @@ static vm_fault_t vhmm_fault_large(struct vhmm_device *dev, struct vm_fault *vmf
 		return VM_FAULT_OOM;
 	args.src = b->src;
 	args.dst = b->dst;
-	ret = vhmm_fault_range(dev, vmf, &args, b->copy);
+	ret = vhmm_fault_range(dev, vmf, &args, b->src_seen, b->copy);
 	vhmm_batch_free(b);
 	return ret;
 }

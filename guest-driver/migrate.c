@@ -155,9 +155,7 @@ static void vhmm_account(struct vhmm_batch *b, unsigned long nr, bool to_device,
 	unsigned long i, moved = 0, filled = 0;
 
 	for (i = 0; i < nr; i++) {
-		if (!vhmm_entry(b->dst, i) ||
-		    !((vhmm_is_large(b->dst) ? b->src[0] : b->src[i]) &
-		      MIGRATE_PFN_MIGRATE))
+		if (!vhmm_has_moved(b->src, b->dst, i))
 			continue;
 		if (vhmm_entry(b->src_seen, i) & MIGRATE_PFN_VALID) {
 			outcome[i] = VHMM_MOVED;
@@ -188,9 +186,7 @@ static bool vhmm_alloc_ram(struct vhmm_batch *b, struct migrate_vma *args,
 
 	if (!folio)
 		return false;
-	folio_lock(folio);
-	b->dst[i] = migrate_pfn(folio_pfn(folio)) |
-		    (order ? MIGRATE_PFN_COMPOUND : 0);
+	b->dst[i] = vhmm_ram_destination(folio);
 	return true;
 }
 
