@@ -8,6 +8,7 @@ use crate::accelerator::Accelerator;
 use crate::kernel::Kernel;
 use crate::profile::Profile;
 use crate::toolbox::Toolbox;
+use crate::units::Size;
 
 /// Virtio id of the device, see `docs/device-specification.md`.
 const VIRTIO_ID: u32 = 6;
@@ -77,20 +78,24 @@ impl Machine<'_> {
                 option("-cpu", &profile.cpu.tcg);
             }
         }
-        // vhost-user shares the guest's RAM with the daemon.
-        option(
-            "-machine",
-            &format!("{},memory-backend=ram,vmport=off", profile.machine),
-        );
-        option(
-            "-object",
-            &format!(
-                "memory-backend-memfd,id=ram,share=on,size={}",
-                profile.memory
-            ),
-        );
+        option("-machine", &format!("{},vmport=off", profile.machine));
         option("-m", &profile.memory.to_string());
-        option("-smp", &profile.cpus.to_string());
+        // A socket's caches cannot be on two nodes.
+        let (cpus, nodes) = (profile.cpus, profile.nodes);
+        option("-smp", &format!("{cpus},sockets={nodes}"));
+        let size = Size(profile.memory.0 / u64::from(nodes));
+        for node in 0..nodes {
+            let (first, last) = (node * cpus / nodes, (node + 1) * cpus / nodes - 1);
+            // vhost-user shares the guest's RAM with the daemon.
+            option(
+                "-object",
+                &format!("memory-backend-memfd,id=ram{node},share=on,size={size}"),
+            );
+            option(
+                "-numa",
+                &format!("node,nodeid={node},cpus={first}-{last},memdev=ram{node}"),
+            );
+        }
         option("-rtc", "base=utc");
 
         command.arg("-kernel").arg(&self.kernel.image);

@@ -20,6 +20,9 @@ pub struct Profile {
     pub cpus: u32,
     /// Guest RAM.
     pub memory: Size,
+    /// NUMA nodes, each with its share of CPUs and memory.
+    #[serde(default = "one")]
+    pub nodes: u32,
     /// CPU model by accelerator.
     pub cpu: Cpu,
     /// The device.
@@ -68,6 +71,10 @@ pub struct Kernel {
     pub command_line: Vec<String>,
 }
 
+fn one() -> u32 {
+    1
+}
+
 /// Smallest guest RAM in which the stock kernel and the initramfs start.
 const LEAST_MEMORY: Size = Size(256 * Size::MIB);
 
@@ -111,6 +118,16 @@ impl Profile {
             return fail(format!(
                 "guest memory of {} is no whole number of MiB",
                 self.memory
+            ));
+        }
+        let nodes = u64::from(self.nodes);
+        if nodes == 0
+            || !u64::from(self.cpus).is_multiple_of(nodes)
+            || !self.memory.0.is_multiple_of(Size::MIB * nodes)
+        {
+            return fail(format!(
+                "{} CPUs and {} of guest memory do not divide into {nodes} NUMA nodes",
+                self.cpus, self.memory
             ));
         }
         if !(1..=16).contains(&self.device.copy_queues) {
@@ -218,6 +235,7 @@ mod tests {
     fn values_that_cannot_work_are_refused() {
         for (from, to) in [
             ("cpus = 2", "cpus = 0"),
+            ("cpus = 2", "cpus = 2\nnodes = 3"),
             ("memory = \"1G\"", "memory = \"1M\""),
             ("copy_queues = 2", "copy_queues = 17"),
             ("queue_size = 1024", "queue_size = 1000"),
