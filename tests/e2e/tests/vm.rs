@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use hmm_e2e::{Daemon, Failure, NEEDS_VM, Result, Running, check, trial, vm, wait_until};
+use hmm_e2e::{Daemon, Failure, NEEDS_VM, Result, Running, Tool, check, trial, vm, wait_until};
 use hmm_hold::HELD;
 use hmm_stress::report::{Case, Line, Summary, Verdict};
 use hmm_vm::build::Programs;
@@ -77,12 +77,18 @@ fn main() {
         trial("host_counters_reconcile_after_contract_tests", || {
             reconciles(contract()?)
         }),
+        trial("host_counters_reconcile_after_neighbours", || {
+            reconciles(neighbours()?)
+        }),
         trial("host_counters_reconcile_after_stress", || {
             reconciles(stress()?)
         }),
     ];
     for name in hmm_stress::contract::NAMES {
         trials.push(guest_trial("contract", name, contract));
+    }
+    for name in hmm_stress::neighbours::NAMES {
+        trials.push(guest_trial("neighbours", name, neighbours));
     }
     for name in hmm_stress::scenario::NAMES {
         trials.push(guest_trial("stress", name, stress));
@@ -233,24 +239,36 @@ fn model_checker_passes() -> Result {
     passes_with_swap("hmm-stress model --steps 500 --duration 10s --json")
 }
 
-/// Debian's kernel has zram as a module.
 fn passes_with_swap(command: &str) -> Result {
+    let run = vm(&["run"])?
+        .with(swap_modules()?)
+        .with(["--", "sh", "-c", &with_swap(command)])
+        .finish()?;
+    run.expect_status(0)?;
+    check(run.text().contains(r#""result":"pass""#), || run.text())
+}
+
+/// Options that bring zram into the guest, which Debian's kernel has as a module.
+fn swap_modules() -> Result<[PathBuf; 4]> {
     let kernel = PathBuf::from(std::env::var(MODULES_VARIABLE)?);
-    let script = format!(
+    let [lz4hc, zram] = [
+        "lib/lz4/lz4hc_compress.ko.xz",
+        "drivers/block/zram/zram.ko.xz",
+    ]
+    .map(|module| kernel.join(module));
+    Ok(["--with".into(), lz4hc, "--with".into(), zram])
+}
+
+/// A script that swaps to zram and runs `command`.
+fn with_swap(command: &str) -> String {
+    format!(
         "for module in lz4hc_compress zram; do
             unxz $module.ko.xz && insmod $module.ko || exit 91
         done
         echo 128M > /sys/block/zram0/disksize
-        mkswap /dev/zram0 && swapon /dev/zram0 || exit 92
+        mkswap /dev/zram0 >&2 && swapon /dev/zram0 || exit 92
         {command}"
-    );
-    let run = vm(&["run", "--with"])?
-        .with([kernel.join("lib/lz4/lz4hc_compress.ko.xz"), "--with".into()])
-        .with([kernel.join("drivers/block/zram/zram.ko.xz")])
-        .with(["--", "sh", "-c", &script])
-        .finish()?;
-    run.expect_status(0)?;
-    check(run.text().contains(r#""result":"pass""#), || run.text())
+    )
 }
 
 fn tracepoints_tell() -> Result {
@@ -513,23 +531,41 @@ type Boot = std::result::Result<Shared, String>;
 
 fn contract() -> Result<&'static Shared> {
     static BOOT: OnceLock<Boot> = OnceLock::new();
-    shared(&BOOT, &["hmm-stress", "contract", "--json"])
+    shared(&BOOT, || {
+        boot_once(vm(&["run"])?, &["hmm-stress", "contract", "--json"])
+    })
+}
+
+fn neighbours() -> Result<&'static Shared> {
+    static BOOT: OnceLock<Boot> = OnceLock::new();
+    shared(&BOOT, || {
+        let script = with_swap("hmm-stress neighbours --json");
+        boot_once(vm(&["run"])?.with(swap_modules()?), &["sh", "-c", &script])
+    })
 }
 
 fn stress() -> Result<&'static Shared> {
     static BOOT: OnceLock<Boot> = OnceLock::new();
-    shared(&BOOT, &["hmm-stress", "run", "--json", "--duration", "30s"])
+    shared(&BOOT, || {
+        boot_once(
+            vm(&["run"])?,
+            &["hmm-stress", "run", "--json", "--duration", "30s"],
+        )
+    })
 }
 
-fn shared(boot: &'static OnceLock<Boot>, command: &[&str]) -> Result<&'static Shared> {
-    boot.get_or_init(|| boot_once(command).map_err(|Failure(text)| text))
+fn shared(
+    boot: &'static OnceLock<Boot>,
+    make: impl FnOnce() -> Result<Shared>,
+) -> Result<&'static Shared> {
+    boot.get_or_init(|| make().map_err(|Failure(text)| text))
         .as_ref()
         .map_err(|text| Failure(text.clone()))
 }
 
-fn boot_once(command: &[&str]) -> Result<Shared> {
+fn boot_once(tool: Tool, command: &[&str]) -> Result<Shared> {
     let daemon = Daemon::start()?;
-    let run = vm(&["run"])?
+    let run = tool
         .with(daemon.options())
         .with(["--"])
         .with(command)

@@ -2,9 +2,11 @@
 //!
 //! Every page carries a [`pattern`] that is checked on every read. A
 //! [`scenario`] goes on for a given time; a [`contract`] test shows one clause
-//! of the `migrate_vma` contract. After each, [`case`] checks that no device
-//! memory was lost, that the driver's counters are the device's, and that the
-//! kernel did not complain. The [`model`] checker makes its operations up.
+//! of the `migrate_vma` contract; one of the [`neighbours`] shows how migration and
+//! another part of the kernel's memory management get on. After each, [`case`]
+//! checks that no device memory was lost, that the driver's counters are the
+//! device's, and that the kernel did not complain. The [`model`] checker makes its
+//! operations up.
 //! [`report`] has the lines that the program prints.
 
 #![allow(
@@ -20,10 +22,13 @@ pub mod failure;
 pub mod hold;
 pub mod kernel_log;
 pub mod model;
+pub mod neighbours;
+pub mod pagemap;
 pub mod pattern;
 pub mod process;
 pub mod region;
 pub mod report;
 pub mod scenario;
 pub mod shared;
+pub mod suite;
 pub mod watchdog;

@@ -10,17 +10,19 @@ use clap::{Args, Parser, Subcommand};
 use hmm_stress::amount::{available_ram, fit_pages, parse_duration, parse_size};
 use hmm_stress::case::{self, Snapshot};
 use hmm_stress::context::Context;
-use hmm_stress::contract::{self, Test};
+use hmm_stress::contract;
 use hmm_stress::failure::Failure;
 use hmm_stress::kernel_log::KernelLog;
 use hmm_stress::model;
+use hmm_stress::neighbours;
 use hmm_stress::pattern::mix;
 use hmm_stress::report::{Case, Line, Listed, Summary, Verdict};
 use hmm_stress::scenario::{self, Scenario};
 use hmm_stress::shared;
+use hmm_stress::suite::Test;
 use virtio_hmm_client::{Device, PAGE_SIZE};
 
-/// How long a contract test may take.
+/// How long a test may take.
 const TEST_DEADLINE: Duration = Duration::from_secs(120);
 
 /// How long a scenario may take beside its duration.
@@ -38,7 +40,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// List scenarios and contract tests
+    /// List scenarios and tests
     List {
         /// Print one JSON object on each line
         #[arg(long)]
@@ -65,6 +67,13 @@ enum Command {
     },
     /// Run contract tests
     Contract {
+        /// Names of tests; all if there is none
+        tests: Vec<String>,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Run tests with other parts of the kernel's memory management
+    Neighbours {
         /// Names of tests; all if there is none
         tests: Vec<String>,
         #[command(flatten)]
@@ -109,15 +118,16 @@ fn main() -> ExitCode {
             threads,
             size,
             pages,
-        } => select(&scenarios, scenario::ALL, scenario::find).and_then(|selected| {
+        } => select(&scenarios, scenario::ALL, |scenario| scenario.name).and_then(|selected| {
             let run = Run::new(&common, threads.into(), size, pages, Style::Lines)?;
             run.scenarios(&selected, duration)
         }),
-        Command::Contract { tests, common } => select(&tests, contract::ALL, contract::find)
-            .and_then(|selected| {
-                let run = Run::new(&common, 2, 64 << 20, 0, Style::Ktap)?;
-                run.tests(&selected)
-            }),
+        Command::Contract { tests, common } => run_tests(&tests, &common, contract::ALL, |test| {
+            Some(contract::clause(test))
+        }),
+        Command::Neighbours { tests, common } => {
+            run_tests(&tests, &common, neighbours::ALL, |_| None)
+        }
         Command::Model {
             common,
             steps,
@@ -155,11 +165,22 @@ fn read_script(path: Option<&Path>) -> Result<Option<Vec<model::Step>>, Failure>
     model::read_script(&text).map(Some).map_err(Failure::Broken)
 }
 
+/// Run the named tests of a suite, or all; `clause` says which clause a test is about.
+fn run_tests(
+    names: &[String],
+    common: &Common,
+    all: &[Test],
+    clause: fn(&Test) -> Option<String>,
+) -> Result<bool, Failure> {
+    let selected = select(names, all, |test| test.name)?;
+    Run::new(common, 2, 64 << 20, 0, Style::Ktap)?.tests(&selected, clause)
+}
+
 /// The named items, or all.
 fn select<T: Copy>(
     names: &[String],
-    all: &'static [T],
-    find: fn(&str) -> Option<&'static T>,
+    all: &[T],
+    name_of: fn(&T) -> &'static str,
 ) -> Result<Vec<T>, Failure> {
     if names.is_empty() {
         return Ok(all.to_vec());
@@ -167,7 +188,8 @@ fn select<T: Copy>(
     names
         .iter()
         .map(|name| {
-            find(name).copied().ok_or_else(|| {
+            let found = all.iter().find(|item| name_of(item) == name);
+            found.copied().ok_or_else(|| {
                 Failure::Broken(format!("nothing is named {name}; see hmm-stress list"))
             })
         })
@@ -177,7 +199,10 @@ fn select<T: Copy>(
 fn list(json: bool) -> Result<bool, Failure> {
     let scenarios = scenario::ALL.iter().map(|s| ("scenario", s.name, s.about));
     let tests = contract::ALL.iter().map(|t| ("test", t.name, t.about));
-    for (kind, name, about) in scenarios.chain(tests) {
+    let neighbours = neighbours::ALL
+        .iter()
+        .map(|t| ("neighbour", t.name, t.about));
+    for (kind, name, about) in scenarios.chain(tests).chain(neighbours) {
         if json {
             print(&Listed {
                 kind: kind.into(),
@@ -185,7 +210,7 @@ fn list(json: bool) -> Result<bool, Failure> {
                 about: about.into(),
             });
         } else {
-            println!("{kind:8} {name:46} {about}");
+            println!("{kind:9} {name:46} {about}");
         }
     }
     Ok(true)
@@ -275,7 +300,11 @@ impl Run {
         self.finish()
     }
 
-    fn tests(mut self, tests: &[Test]) -> Result<bool, Failure> {
+    fn tests(
+        mut self,
+        tests: &[Test],
+        clause: fn(&Test) -> Option<String>,
+    ) -> Result<bool, Failure> {
         if self.style == Style::Ktap {
             println!("1..{}", tests.len());
         }
@@ -283,7 +312,7 @@ impl Run {
         let frames = self.context.free()? / PAGE_SIZE as u64;
         self.context.soil(usize::try_from(frames).unwrap_or(0))?;
         for test in tests {
-            let clause = test.clause();
+            let clause = clause(test);
             self.case(test.name, TEST_DEADLINE, test.run, move |case| Line::Test {
                 clause,
                 case,

@@ -19,10 +19,11 @@ pub enum Line {
     },
     /// A scenario ended.
     Scenario(Case),
-    /// A contract test ended.
+    /// A test ended.
     Test {
-        /// The clause of the contract that it is about, "S1" to "S6".
-        clause: String,
+        /// The clause of the contract that a contract test is about, "S1" to "S6".
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        clause: Option<String>,
         /// The rest.
         #[serde(flatten)]
         case: Case,
@@ -113,7 +114,7 @@ pub struct Summary {
 /// An item of `hmm-stress list --json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Listed {
-    /// "scenario" or "test".
+    /// "scenario", "test" (of the contract) or "neighbour".
     pub kind: String,
     /// Its name.
     pub name: String,
@@ -139,7 +140,7 @@ mod tests {
     #[test]
     fn a_line_names_its_type_first() {
         let line = serde_json::to_string(&Line::Test {
-            clause: "S6".into(),
+            clause: Some("S6".into()),
             case: case(),
         })
         .unwrap();
@@ -150,6 +151,7 @@ mod tests {
     #[test]
     fn lines_come_back_as_they_were() {
         let lines = [
+            r#"{"type":"test","name":"ksm","result":"pass","seconds":1.0,"mismatches":0,"operations":0}"#,
             r#"{"type":"begin","seed":1,"size":4096,"threads":2}"#,
             r#"{"type":"scenario","name":"sparse","result":"skip","reason":"x","seconds":1.0,"mismatches":0,"operations":0}"#,
         ];

@@ -18,35 +18,7 @@ mod s6;
 
 use crate::context::Context;
 use crate::failure::Failure;
-
-/// A contract test.
-#[derive(Clone, Copy, Debug)]
-pub struct Test {
-    /// Its name, which begins with the clause's.
-    pub name: &'static str,
-    /// What it shows.
-    pub about: &'static str,
-    /// Run it.
-    pub run: fn(&Context) -> Result<(), Failure>,
-}
-
-impl Test {
-    /// The clause, "S1" to "S6".
-    #[must_use]
-    pub fn clause(&self) -> String {
-        self.name.chars().take(2).collect::<String>().to_uppercase()
-    }
-}
-
-macro_rules! tests {
-    ($($module:ident :: $function:ident: $name:literal, $about:literal;)+) => {
-        &[$(Test {
-            name: $name,
-            about: $about,
-            run: $module::$function,
-        },)+]
-    };
-}
+use crate::suite::{self, Test, tests};
 
 /// All of them, in the order in which they run.
 pub const ALL: &[Test] = tests! {
@@ -93,24 +65,16 @@ pub const ALL: &[Test] = tests! {
 };
 
 /// The names of all contract tests.
-pub const NAMES: [&str; ALL.len()] = {
-    let mut names = [""; ALL.len()];
-    let mut index = 0;
-    while index < ALL.len() {
-        names[index] = ALL[index].name;
-        index += 1;
-    }
-    names
-};
+pub const NAMES: [&str; ALL.len()] = suite::names(ALL);
 
-/// The test of this name.
+/// The clause that a contract test is about, "S1" to "S6".
 #[must_use]
-pub fn find(name: &str) -> Option<&'static Test> {
-    ALL.iter().find(|test| test.name == name)
+pub fn clause(test: &Test) -> String {
+    test.name.chars().take(2).collect::<String>().to_uppercase()
 }
 
 /// How much each of the counters `names` of the device changed while `body` ran.
-fn device_change(
+pub(crate) fn device_change(
     context: &Context,
     names: &[&str],
     body: impl FnOnce() -> Result<(), Failure>,
@@ -136,11 +100,11 @@ mod tests {
     #[test]
     fn every_clause_has_a_test_and_names_are_unique() {
         for clause in ["S1", "S2", "S3", "S4", "S5", "S6"] {
-            assert!(ALL.iter().any(|test| test.clause() == clause), "{clause}");
+            assert!(
+                ALL.iter().any(|test| super::clause(test) == clause),
+                "{clause}"
+            );
         }
-        let mut names = NAMES.to_vec();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), ALL.len());
+        suite::assert_unique(ALL);
     }
 }

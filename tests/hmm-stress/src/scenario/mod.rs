@@ -124,9 +124,3 @@ pub const NAMES: [&str; ALL.len()] = {
     }
     names
 };
-
-/// The scenario of this name.
-#[must_use]
-pub fn find(name: &str) -> Option<&'static Scenario> {
-    ALL.iter().find(|scenario| scenario.name == name)
-}
