@@ -58,6 +58,8 @@ pub const VIRTIO_HMM_FRAME_OK: u8 = 0;
 pub const VIRTIO_HMM_FRAME_NOT_DONE: u8 = 1;
 /// This frame failed: its guest page could not be accessed.
 pub const VIRTIO_HMM_FRAME_FAULT: u8 = 2;
+/// This frame failed: a device frame that was to be read has lost its contents.
+pub const VIRTIO_HMM_FRAME_POISONED: u8 = 3;
 
 /// Device configuration space.
 #[repr(C)]

@@ -77,6 +77,12 @@
 /* This frame failed: its guest page could not be accessed. */
 #define VIRTIO_HMM_FRAME_FAULT 2
 
+/*
+ * This frame failed: a device frame that was to be read has lost its
+ * contents.
+ */
+#define VIRTIO_HMM_FRAME_POISONED 3
+
 /**
  * struct virtio_hmm_config - Device configuration space
  */
