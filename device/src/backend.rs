@@ -3,73 +3,62 @@
 
 use std::{
     io,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    os::fd::RawFd,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
-use tracing::{debug, error};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VringMutex, VringState, VringT};
+use vhost_user_backend::{VhostUserBackend, VringMutex};
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{ByteValued, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::{
-    ErrorChain,
     abi::{VIRTIO_HMM_QUEUE_CONTROL, VIRTIO_HMM_QUEUE_COPY, virtio_hmm_config},
     chain::MAX_DESCRIPTORS,
     counters::Counters,
     engine::Engine,
-    processor::{self, Processor},
+    inject::Injector,
+    processor::Processor,
     request::QueueKind,
     stop::Stop,
+    worker::Worker,
 };
 
 /// Most bytes of configuration that a VMM reads; those after the device's own
 /// read as zero.
 const CONFIG_SPACE: usize = 256;
 
-/// Why a queue stops until it is set up anew.
-#[derive(Debug, thiserror::Error)]
-enum Error {
-    #[error(transparent)]
-    Request(#[from] processor::Error),
-    #[error("cannot access the ring")]
-    Ring(#[from] virtio_queue::Error),
-    #[error("an available ring entry lies outside guest memory")]
-    Entry,
-}
-
 /// The device, from the connection of a VM to its end.
 pub struct Backend {
     config: virtio_hmm_config,
-    mem: GuestMemoryAtomic<GuestMemoryMmap>,
     queues: Vec<Queue>,
     stop: Arc<Stop>,
 }
 
 struct Queue {
     /// None for the event queue, whose buffers wait for events.
-    processor: Option<Mutex<Processor>>,
-    /// Set with the vring's lock held.
-    stopped: AtomicBool,
+    worker: Option<Mutex<Worker>>,
+    /// The ring, once it has been served.
+    vring: OnceLock<VringMutex>,
 }
 
 impl Backend {
     /// A device of this configuration, for a VM with memory `mem`.
+    ///
+    /// # Errors
+    /// If the host refuses what a worker needs.
     pub fn new(
         config: virtio_hmm_config,
         mem: GuestMemoryAtomic<GuestMemoryMmap>,
         engine: &Engine,
         counters: &Arc<Counters>,
+        injector: &Arc<Injector>,
         stop: Arc<Stop>,
-    ) -> Self {
+    ) -> io::Result<Self> {
         let copy_queues = u32::from(config.copy_queues);
         let queues = (0..VIRTIO_HMM_QUEUE_COPY + copy_queues).map(|index| {
             let kind = match index {
@@ -77,19 +66,21 @@ impl Backend {
                 VIRTIO_HMM_QUEUE_COPY.. => Some(QueueKind::Copy),
                 _ => None,
             };
-            let processor = kind
-                .map(|kind| Mutex::new(Processor::new(kind, engine.clone(), Arc::clone(counters))));
-            Queue {
-                processor,
-                stopped: AtomicBool::new(false),
-            }
+            let worker = kind.map(|kind| {
+                let processor = Processor::new(kind, engine.clone(), Arc::clone(counters));
+                let (counters, injector) = (Arc::clone(counters), Arc::clone(injector));
+                Worker::new(index, mem.clone(), processor, counters, injector).map(Mutex::new)
+            });
+            Ok(Queue {
+                worker: worker.transpose()?,
+                vring: OnceLock::new(),
+            })
         });
-        Self {
+        Ok(Self {
             config,
-            mem,
-            queues: queues.collect(),
+            queues: queues.collect::<io::Result<_>>()?,
             stop,
-        }
+        })
     }
 
     /// Token of the event that ends a worker.
@@ -98,58 +89,20 @@ impl Backend {
         self.queues.len() as u64 + 1
     }
 
-    /// Processes what is available in the queue with this index.
-    fn drain(&self, index: usize, queue: &Queue, vring: &VringMutex) {
-        let Some(processor) = &queue.processor else {
-            return;
-        };
-        let mut processor = processor.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            // A frontend that stops the queue takes this lock: once it has it,
-            // no request is in flight and none is begun.
-            let mut state = vring.get_mut();
-            let running = state.is_enabled() && state.get_queue().ready();
-            if !running || queue.stopped.load(Ordering::Relaxed) || self.stop.requested() {
-                return;
-            }
-            match self.step(&mut processor, &mut state) {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(e) => {
-                    queue.stopped.store(true, Ordering::Relaxed);
-                    error!("queue {index} stops: {}", ErrorChain(&e));
-                    return;
-                }
-            }
-        }
+    /// Token of the timer of a worker.
+    pub fn timer_token(&self) -> u64 {
+        self.stop_token() + 1
     }
 
-    /// Processes the next request. Returns whether there may be another.
-    fn step(&self, processor: &mut Processor, state: &mut VringState) -> Result<bool, Error> {
-        let mem = self.mem.memory();
-        let queue = state.get_queue_mut();
-        let pending = queue.avail_idx(&*mem, Ordering::Acquire)?.0 != queue.next_avail();
-        if !pending {
-            // Until now the driver need not have notified; this also looks
-            // whether it made something available just before.
-            return Ok(state.enable_notification()?);
-        }
-        state.disable_notification()?;
-        let chain = state
-            .get_queue_mut()
-            .iter(mem.clone())?
-            .next()
-            .ok_or(Error::Entry)?;
-        let head = chain.head_index();
-        let written = processor.process(&mem, chain)?;
-        state.add_used(head, written)?;
-        if state.needs_notification()?
-            && let Err(e) = state.signal_used_queue()
-        {
-            debug!("cannot notify the driver: {e}");
-        }
-        Ok(true)
+    /// The timer of each worker, if it has one.
+    pub fn timers(&self) -> impl Iterator<Item = Option<RawFd>> {
+        let worker = |queue: &Queue| queue.worker.as_ref().map(|worker| lock(worker).timer());
+        self.queues.iter().map(worker)
     }
+}
+
+fn lock(worker: &Mutex<Worker>) -> MutexGuard<'_, Worker> {
+    worker.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl VhostUserBackend for Backend {
@@ -198,7 +151,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn update_memory(&self, _mem: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        // `self.mem` is the same object.
+        // The workers have the same object.
         Ok(())
     }
 
@@ -207,8 +160,10 @@ impl VhostUserBackend for Backend {
     }
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        if let Some(queue) = self.queues.get(queue_index as usize) {
-            queue.stopped.store(false, Ordering::Relaxed);
+        if let Some(queue) = self.queues.get(queue_index as usize)
+            && let (Some(worker), Some(vring)) = (&queue.worker, queue.vring.get())
+        {
+            lock(worker).stop(vring);
         }
         Ok(())
     }
@@ -225,8 +180,11 @@ impl VhostUserBackend for Backend {
             // An error is what ends a worker.
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
-        if let (Some(queue), Some(vring)) = (self.queues.get(thread_id), vrings.first()) {
-            self.drain(thread_id, queue, vring);
+        if let (Some(queue), Some(vring)) = (self.queues.get(thread_id), vrings.first())
+            && let Some(worker) = &queue.worker
+        {
+            let vring = queue.vring.get_or_init(|| vring.clone());
+            lock(worker).drain(vring, || self.stop.requested());
         }
         Ok(())
     }
@@ -246,8 +204,10 @@ mod tests {
             GuestMemoryAtomic::new(GuestMemoryMmap::new()),
             &Engine::new(Arc::new(Memory::new(2 << 20, false).unwrap())),
             &session.counters,
+            &Arc::new(Injector::new(0, &[], 2).unwrap()),
             Arc::new(Stop::new().unwrap()),
-        );
+        )
+        .unwrap();
         assert_eq!(backend.get_config(0, 256).len(), 256);
         assert_eq!(backend.get_config(255, 1), [0]);
         for (offset, size) in [(0, 257), (255, 2), (256, 1), (u32::MAX, 1), (8, u32::MAX)] {

@@ -2,8 +2,8 @@
 //! its own thread.
 //!
 //! The control socket is a UNIX stream. Each line is a request, a JSON object
-//! whose member `command` is `counters` or `info`, and gets one line in reply:
-//! a JSON object, which has a member `error` if there is no other answer.
+//! whose member `command` is `counters`, `info` or `inject`, and gets one line in
+//! reply: a JSON object, which has a member `error` if there is no other answer.
 
 use std::{
     collections::HashMap,
@@ -28,6 +28,8 @@ use tracing::{debug, error, info};
 
 use crate::{
     abi::{VIRTIO_HMM_FRAME_SIZE, VIRTIO_HMM_VERSION},
+    inject::{Injector, Report},
+    rule::{self, Rule},
     session::{Session, Shared},
     stop::Stop,
 };
@@ -50,6 +52,7 @@ pub enum Error {
 /// The control plane of one server.
 pub struct Control {
     shared: Arc<Shared>,
+    injector: Arc<Injector>,
     stop: Arc<Stop>,
     listener: Option<UnixListener>,
     signals: Option<SignalFd>,
@@ -67,13 +70,22 @@ struct Connection {
 enum Command {
     Counters,
     Info,
+    /// Changes what goes wrong on purpose, and says what does.
+    Inject {
+        /// A rule to add.
+        rule: Option<String>,
+        /// Whether the device is made well before.
+        #[serde(default)]
+        clear: bool,
+    },
 }
 
 impl Control {
     /// A control plane without a control socket.
-    pub fn new(shared: Arc<Shared>, stop: Arc<Stop>) -> Self {
+    pub fn new(shared: Arc<Shared>, injector: Arc<Injector>, stop: Arc<Stop>) -> Self {
         Self {
             shared,
+            injector,
             stop,
             listener: None,
             signals: None,
@@ -176,8 +188,23 @@ impl Control {
                     "copy_queues": copy_queues,
                 }))
             }
+            Ok(Command::Inject { rule, clear }) => match self.inject(rule, clear) {
+                Ok(report) => to_line(&report),
+                Err(e) => to_line(&json!({ "error": e.to_string() })),
+            },
             Err(e) => to_line(&json!({ "error": e.to_string() })),
         }
+    }
+
+    fn inject(&self, rule: Option<String>, clear: bool) -> Result<Report, rule::Error> {
+        let rule: Option<Rule> = rule.map(|rule| rule.parse()).transpose()?;
+        if clear {
+            self.injector.clear();
+        }
+        if let Some(rule) = rule {
+            self.injector.add(rule)?;
+        }
+        Ok(self.injector.report())
     }
 
     /// Answers what has arrived on `connection`. Returns whether to keep it.

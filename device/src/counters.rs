@@ -6,7 +6,9 @@
 //! {
 //!   "to_device": { "requests": 0, "frames": 0, "bytes": 0, "errors": 0 },
 //!   "from_device": {}, "fill": {}, "device_to_device": {}, "discard": {},
-//!   "unsupported": 0
+//!   "unsupported": 0,
+//!   "injected": { "delay": 0, "reorder": 0, "error": 0, "status": 0, "short": 0,
+//!                 "drop": 0, "stall": 0, "poison": 0, "dead": 0 }
 //! }
 //! ```
 
@@ -14,7 +16,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use serde::Serialize;
 
-use crate::abi::{VIRTIO_HMM_FRAME_SIZE, virtio_hmm_counters, virtio_hmm_op_counters};
+use crate::{
+    abi::{VIRTIO_HMM_FRAME_SIZE, virtio_hmm_counters, virtio_hmm_op_counters},
+    rule::Fault,
+};
 
 /// Counters of one operation.
 #[derive(Debug, Default, Serialize)]
@@ -45,6 +50,38 @@ impl OpCounters {
     }
 }
 
+/// Requests that met a fault on purpose, by fault.
+#[derive(Debug, Default, Serialize)]
+pub struct Injected {
+    delay: AtomicU64,
+    reorder: AtomicU64,
+    error: AtomicU64,
+    status: AtomicU64,
+    short: AtomicU64,
+    drop: AtomicU64,
+    stall: AtomicU64,
+    poison: AtomicU64,
+    dead: AtomicU64,
+}
+
+impl Injected {
+    /// Counts a request that met `fault`.
+    pub fn record(&self, fault: Fault) {
+        let counter = match fault {
+            Fault::Delay(_) => &self.delay,
+            Fault::Reorder(_) => &self.reorder,
+            Fault::Error(_) => &self.error,
+            Fault::Status(_) => &self.status,
+            Fault::Short(_) => &self.short,
+            Fault::Drop(_) => &self.drop,
+            Fault::Stall => &self.stall,
+            Fault::Poison(_) => &self.poison,
+            Fault::Dead => &self.dead,
+        };
+        counter.fetch_add(1, Relaxed);
+    }
+}
+
 /// Counters of a session.
 #[derive(Debug, Default, Serialize)]
 pub struct Counters {
@@ -59,6 +96,8 @@ pub struct Counters {
     /// Frames given back to the host.
     pub discard: OpCounters,
     unsupported: AtomicU64,
+    /// Faults on purpose.
+    pub injected: Injected,
 }
 
 impl Counters {

@@ -2,22 +2,27 @@
 //!
 //! From the inside out: [`memory`] is the device's memory, [`engine`] copies to
 //! and from it and knows nothing of virtio, [`chain`], [`request`] and [`processor`]
-//! turn descriptor chains into copies, [`backend`] runs a worker for each
-//! queue, [`server`] serves one VM after another, and [`control`] is the control
-//! plane, on which the data plane never waits.
+//! turn descriptor chains into copies, a [`worker`] serves one queue, [`backend`]
+//! has one for each, [`server`] serves one VM after another, and [`control`] is the
+//! control plane, on which the data plane never waits. [`rule`] and [`inject`] say
+//! what goes wrong on purpose.
 pub mod abi;
 pub mod backend;
 pub mod chain;
 pub mod control;
 pub mod counters;
 pub mod engine;
+pub mod inject;
 pub mod memory;
 pub mod processor;
 pub mod request;
+pub mod rule;
 pub mod server;
 pub mod session;
 pub mod socket;
 pub mod stop;
+pub mod units;
+pub mod worker;
 
 use std::{error::Error, fmt};
 

@@ -6,10 +6,34 @@ use clap::{ArgGroup, Parser};
 use tracing::level_filters::LevelFilter;
 use vhost_device_hmm::{
     ErrorChain,
+    rule::Rule,
     server::{Config, Endpoint, Error, MAX_COPY_QUEUES, Server},
+    units::parse_size,
 };
 
 const NAME: &str = env!("CARGO_PKG_NAME");
+
+/// The short form of `docs/fault-injection.md`.
+const INJECT_HELP: &str = "\
+Let something go wrong on purpose; can be repeated
+
+A rule is FAULT[=VALUE][,CONDITION=VALUE]... The faults:
+  delay=TIME        executed and answered so much later, such as delay=5ms
+  reorder[=TIME]    executed after the next request, or after TIME [10ms]
+  error[=N]         N frames of the request fail [1]
+  status=STATUS     refused: invalid, unsupported, range or a number
+  short[=N]         only the first N frames are done [half]
+  drop[=SHARE]      never answered, after none, half or all was done [none]
+  stall             the queue takes no more requests until it is reset
+  poison[=N]        N frames lose their contents [1]
+  dead              the device does nothing any more
+The conditions:
+  op=OPERATION      to_device, from_device, fill, device_to_device, counters
+                    or discard; if not given, any but the last two
+  queue=N           only on this queue, of which 2 is the first for copies
+  probability=P     from 0 to 1 [1]
+  after=N           the first N such requests are spared [0]
+  count=N           at most N requests are struck";
 
 /// vhost-user device with private memory and a DMA copy engine
 #[derive(Debug, Parser)]
@@ -36,30 +60,18 @@ struct Args {
     /// Allocate device memory at the start, not on first use
     #[arg(long)]
     prefault: bool,
+    /// Let something go wrong on purpose; can be repeated
+    #[arg(long, value_name = "RULE", long_help = INJECT_HELP)]
+    inject: Vec<Rule>,
+    /// Repeat the choices of an earlier run, instead of random ones
+    #[arg(long, value_name = "N")]
+    inject_seed: Option<u64>,
     /// Least important messages to log: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: LevelFilter,
     /// Print the backend's capabilities as JSON and exit
     #[arg(long)]
     print_capabilities: bool,
-}
-
-/// Bytes in `text`, a number with an optional suffix K, M, G or T.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (text.get(..at), 10),
-        Some((at, 'm' | 'M')) => (text.get(..at), 20),
-        Some((at, 'g' | 'G')) => (text.get(..at), 30),
-        Some((at, 't' | 'T')) => (text.get(..at), 40),
-        _ => (Some(text), 0),
-    };
-    let number: u64 = digits
-        .unwrap_or_default()
-        .parse()
-        .map_err(|_| "not a size")?;
-    number
-        .checked_mul(1 << shift)
-        .ok_or_else(|| "too large".into())
 }
 
 fn serve(args: Args) -> Result<(), Error> {
@@ -73,6 +85,8 @@ fn serve(args: Args) -> Result<(), Error> {
         copy_queues: args.copy_queues,
         control_socket: args.control_socket,
         prefault: args.prefault,
+        inject: args.inject,
+        inject_seed: args.inject_seed.unwrap_or_else(|| fastrand::u64(..)),
     })?;
     server.handle_signals()?;
     server.run()

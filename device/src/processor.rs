@@ -1,6 +1,6 @@
 //! Executes the requests of one queue and writes their responses.
 
-use std::{mem::size_of, ops::Deref, sync::Arc};
+use std::{mem::size_of, ops::Deref, slice, sync::Arc};
 
 use tracing::debug;
 use virtio_queue::DescriptorChain;
@@ -17,8 +17,10 @@ use crate::{
     chain::{self, Buffers, Cursor, Segment},
     counters::Counters,
     engine::Engine,
+    inject::{Injector, Strike},
     memory,
     request::{Extent, FRAME_SIZE, Operation, QueueKind, Rejection, Request},
+    rule::Fault,
 };
 
 const HEAD: usize = size_of::<virtio_hmm_resp>();
@@ -50,6 +52,26 @@ struct Outcome {
     body: usize,
 }
 
+/// What is wrong on purpose with the device, and with one request.
+#[derive(Clone, Copy, Debug)]
+pub struct Flaws<'a> {
+    /// Knows the state of the device.
+    pub injector: &'a Injector,
+    /// What strikes the request.
+    pub strike: Option<Strike>,
+}
+
+/// A request that is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Bytes written, from the start of the writable part on.
+    pub written: u32,
+    /// The operation, unless it could not be read or is not known.
+    pub operation: Option<Operation>,
+    /// Frames that were done.
+    pub frames: u32,
+}
+
 /// Executes the requests of one queue.
 #[derive(Debug)]
 pub struct Processor {
@@ -75,9 +97,26 @@ impl Processor {
         }
     }
 
+    /// The operation that `chain` asks for, if its request is valid. Nothing is
+    /// done.
+    pub fn look<M>(&mut self, mem: &GuestMemoryMmap, chain: DescriptorChain<M>) -> Option<Operation>
+    where
+        M: Deref<Target = GuestMemoryMmap>,
+    {
+        self.buffers.collect(chain).ok()?;
+        let mut body = self.buffers.writable();
+        body.skip(HEAD, mem, Permissions::Write);
+        let head = self.request.read_head(mem, self.kind, &self.buffers);
+        let (operation, mut data) = head.ok()?;
+        let frames = self.executor.engine.memory().frames();
+        self.request
+            .read_extents(mem, operation, &mut data, body, frames)
+            .ok()?;
+        Some(operation)
+    }
+
     /// Executes the request in `chain`, whose buffers are in `mem`, and writes
-    /// the response. Returns how many bytes were written, from the start of the
-    /// writable part on.
+    /// the response. None if it is not to be answered, which only flaws do.
     ///
     /// # Errors
     /// If the chain has no place for a response, or the device failed.
@@ -85,7 +124,8 @@ impl Processor {
         &mut self,
         mem: &GuestMemoryMmap,
         chain: DescriptorChain<M>,
-    ) -> Result<u32, Error>
+        flaws: Option<Flaws<'_>>,
+    ) -> Result<Option<Answer>, Error>
     where
         M: Deref<Target = GuestMemoryMmap>,
     {
@@ -95,26 +135,38 @@ impl Processor {
         if head.remaining() < HEAD || !body.skip(HEAD, mem, Permissions::Write) {
             return Err(Error::NoResponse);
         }
-        let outcome = match self.request.read_head(mem, self.kind, &self.buffers) {
+        let (operation, outcome) = match self.request.read_head(mem, self.kind, &self.buffers) {
             Ok((operation, mut data)) => {
                 let frames = self.executor.engine.memory().frames();
                 let outcome = match self
                     .request
                     .read_extents(mem, operation, &mut data, body, frames)
                 {
-                    Ok(()) => self
-                        .executor
-                        .execute(mem, operation, &self.request, data, body)?,
+                    Ok(()) => {
+                        let request = &self.request;
+                        match flaws {
+                            None => self.executor.execute(mem, operation, request, data, body)?,
+                            Some(flaws) => {
+                                let done = self
+                                    .executor
+                                    .execute_flawed(mem, operation, request, data, body, flaws)?;
+                                let Some(outcome) = done else {
+                                    return Ok(None);
+                                };
+                                outcome
+                            }
+                        }
+                    }
                     Err(rejection) => self.reject(&rejection),
                 };
                 self.executor.record(operation, &outcome);
-                outcome
+                (Some(operation), outcome)
             }
             Err(rejection) => {
                 if matches!(rejection, Rejection::Operation(_)) {
                     self.executor.counters.record_unsupported();
                 }
-                self.reject(&rejection)
+                (None, self.reject(&rejection))
             }
         };
         let response = virtio_hmm_resp {
@@ -122,8 +174,12 @@ impl Processor {
             frames_done: outcome.frames_done.into(),
         };
         head.write(mem, response.as_slice())?;
-        // Chains longer than a u32 can tell are malformed.
-        Ok(u32::try_from(HEAD + outcome.body).unwrap_or(u32::MAX))
+        Ok(Some(Answer {
+            // Chains longer than a u32 can tell are malformed.
+            written: u32::try_from(HEAD + outcome.body).unwrap_or(u32::MAX),
+            operation,
+            frames: outcome.frames_done,
+        }))
     }
 
     fn reject(&self, rejection: &Rejection) -> Outcome {
@@ -159,26 +215,19 @@ impl Executor {
         data: Cursor<'_>,
         mut body: Cursor<'_>,
     ) -> Result<Outcome, Error> {
-        let frames = request.frames();
         let done = Outcome {
             status: VIRTIO_HMM_S_OK,
-            frames_done: frames,
+            frames_done: request.frames(),
             body: 0,
         };
-        self.statuses.clear();
-        self.statuses.resize(
-            frames.min(VIRTIO_HMM_MAX_FRAMES) as usize,
-            VIRTIO_HMM_FRAME_OK,
-        );
-        let mut data_written = 0;
         match operation {
             Operation::Counters => {
                 let counters = self.counters.to_wire();
                 body.write(mem, counters.as_slice())?;
-                return Ok(Outcome {
+                Ok(Outcome {
                     body: counters.as_slice().len(),
                     ..done
-                });
+                })
             }
             Operation::Discard => {
                 for extent in &request.extents {
@@ -186,40 +235,113 @@ impl Executor {
                         .memory()
                         .clear(extent.offset(), extent.bytes() as u64)?;
                 }
-                return Ok(done);
+                Ok(done)
             }
-            Operation::Fill => {
-                for extent in &request.extents {
-                    self.engine.fill(extent.offset(), extent.bytes())?;
-                }
-            }
-            Operation::DeviceToDevice => self.move_frames(&request.extents, &request.sources)?,
-            Operation::ToDevice => {
-                self.transfer(mem, Permissions::Read, &request.extents, data)?;
-            }
-            Operation::FromDevice => {
-                let mut data = body;
-                data.take(self.statuses.len()).for_each(drop);
-                data_written = data.remaining();
-                self.transfer(mem, Permissions::Write, &request.extents, data)?;
+            _ => {
+                self.reset_statuses(request);
+                let data = guest_data(operation, data, body, self.statuses.len());
+                let (to, from) = (&request.extents, &request.sources);
+                copy(
+                    &self.engine,
+                    mem,
+                    operation,
+                    to,
+                    from,
+                    data,
+                    &mut self.statuses,
+                )?;
+                self.finish(mem, operation, data, body)
             }
         }
+    }
+
+    /// Like [`Self::execute`], with flaws. None if there is to be no answer.
+    fn execute_flawed(
+        &mut self,
+        mem: &GuestMemoryMmap,
+        operation: Operation,
+        request: &Request,
+        data: Cursor<'_>,
+        body: Cursor<'_>,
+        Flaws { injector, strike }: Flaws<'_>,
+    ) -> Result<Option<Outcome>, Error> {
+        let fault = strike.map(|strike| strike.fault);
+        if let Some(Fault::Status(status)) = fault {
+            return Ok(Some(Outcome {
+                status,
+                frames_done: 0,
+                body: 0,
+            }));
+        }
+        let answered = !matches!(fault, Some(Fault::Drop(_)));
+        if !operation.is_copy() {
+            let outcome = self.execute(mem, operation, request, data, body)?;
+            injector.settle(strike, operation, request, &[]);
+            return Ok(answered.then_some(outcome));
+        }
+        self.reset_statuses(request);
+        injector.spoil(strike, operation, request, &mut self.statuses);
+        let data = guest_data(operation, data, body, self.statuses.len());
+        // Frame by frame, since some may be left out.
+        let mut pages = data;
+        let mut sources = frames(&request.sources);
+        for (to, status) in frames(&request.extents).zip(&mut self.statuses) {
+            let page = pages;
+            pages.take(FRAME_SIZE).for_each(drop);
+            let from = sources.next();
+            if *status == VIRTIO_HMM_FRAME_OK {
+                let status = slice::from_mut(status);
+                copy(
+                    &self.engine,
+                    mem,
+                    operation,
+                    &[to],
+                    from.as_slice(),
+                    page,
+                    status,
+                )?;
+            }
+        }
+        injector.settle(strike, operation, request, &self.statuses);
+        if !answered {
+            return Ok(None);
+        }
+        self.finish(mem, operation, data, body).map(Some)
+    }
+
+    fn reset_statuses(&mut self, request: &Request) {
+        self.statuses.clear();
+        self.statuses.resize(
+            request.frames().min(VIRTIO_HMM_MAX_FRAMES) as usize,
+            VIRTIO_HMM_FRAME_OK,
+        );
+    }
+
+    /// Writes the statuses of the frames, and says what came of the request,
+    /// whose pages are at `data`.
+    fn finish(
+        &self,
+        mem: &GuestMemoryMmap,
+        operation: Operation,
+        data: Cursor<'_>,
+        mut body: Cursor<'_>,
+    ) -> Result<Outcome, Error> {
         body.write(mem, &self.statuses)?;
-        let faults = self
-            .statuses
-            .iter()
-            .filter(|status| **status != VIRTIO_HMM_FRAME_OK)
-            .count();
-        if faults == 0 {
-            return Ok(Outcome {
-                body: self.statuses.len() + data_written,
-                ..done
-            });
-        }
+        let ok = |status: &&u8| **status == VIRTIO_HMM_FRAME_OK;
+        let done = self.statuses.iter().filter(ok).count();
+        let all = done == self.statuses.len();
+        let data_written = match operation {
+            Operation::FromDevice if all => data.remaining(),
+            _ => 0,
+        };
         Ok(Outcome {
-            status: VIRTIO_HMM_S_PARTIAL,
-            frames_done: u32::try_from(self.statuses.len() - faults).unwrap_or(frames),
-            body: self.statuses.len(),
+            status: if all {
+                VIRTIO_HMM_S_OK
+            } else {
+                VIRTIO_HMM_S_PARTIAL
+            },
+            frames_done: u32::try_from(done).unwrap_or(u32::MAX),
+            body: self.statuses.len() + data_written,
         })
     }
 
@@ -237,72 +359,121 @@ impl Executor {
             outcome.status == VIRTIO_HMM_S_OK,
         );
     }
+}
 
-    /// Copies between the frames of `extents` and guest `data`, which it reads
-    /// or writes according to `access`. Sets the status of frames whose data
-    /// cannot be accessed; nothing of such a frame is copied.
-    fn transfer(
-        &mut self,
-        mem: &GuestMemoryMmap,
-        access: Permissions,
-        extents: &[Extent],
-        mut data: Cursor<'_>,
-    ) -> Result<(), Error> {
-        let mut statuses = self.statuses.iter_mut();
-        // Pieces that follow one another on both sides are copied as one.
-        let mut pending = Transfer {
-            guest: Segment {
-                addr: GuestAddress(0),
-                len: 0,
-            },
-            offset: 0,
-        };
-        for extent in extents {
-            for (offset, status) in (extent.offset()..)
-                .step_by(FRAME_SIZE)
-                .zip(&mut statuses)
-                .take(extent.count as usize)
-            {
-                let mut pieces = data;
-                if !data.skip(FRAME_SIZE, mem, access) {
-                    *status = VIRTIO_HMM_FRAME_FAULT;
-                    continue;
-                }
-                let mut offset = offset;
-                for guest in pieces.take(FRAME_SIZE) {
-                    let copy = Transfer { guest, offset };
-                    offset += guest.len as u64;
-                    if !pending.extend(copy) {
-                        pending.run(mem, access, &self.engine)?;
-                        pending = copy;
-                    }
+/// Where the guest pages of a request are: `data` that is to be read, or in the
+/// `body` of the response, behind `statuses`.
+fn guest_data<'a>(
+    operation: Operation,
+    data: Cursor<'a>,
+    body: Cursor<'a>,
+    statuses: usize,
+) -> Cursor<'a> {
+    if operation != Operation::FromDevice {
+        return data;
+    }
+    let mut data = body;
+    data.take(statuses).for_each(drop);
+    data
+}
+
+/// The frames of `extents`, one by one.
+fn frames(extents: &[Extent]) -> impl Iterator<Item = Extent> {
+    extents.iter().flat_map(|extent| {
+        let frames = extent.frame..extent.frame + u64::from(extent.count);
+        frames.map(|frame| Extent { frame, count: 1 })
+    })
+}
+
+/// Does a copy operation with the frames of `extents`, those of `sources`, and
+/// guest `data`. Sets the status of frames that fail.
+fn copy(
+    engine: &Engine,
+    mem: &GuestMemoryMmap,
+    operation: Operation,
+    extents: &[Extent],
+    sources: &[Extent],
+    data: Cursor<'_>,
+    statuses: &mut [u8],
+) -> Result<(), Error> {
+    match operation {
+        Operation::Fill => {
+            for extent in extents {
+                engine.fill(extent.offset(), extent.bytes())?;
+            }
+            Ok(())
+        }
+        Operation::DeviceToDevice => move_frames(engine, extents, sources),
+        Operation::ToDevice => transfer(engine, mem, Permissions::Read, extents, data, statuses),
+        Operation::FromDevice => transfer(engine, mem, Permissions::Write, extents, data, statuses),
+        Operation::Counters | Operation::Discard => Ok(()),
+    }
+}
+
+/// Copies between the frames of `extents` and guest `data`, which it reads or
+/// writes according to `access`. Sets the status of frames whose data cannot be
+/// accessed; nothing of such a frame is copied.
+fn transfer(
+    engine: &Engine,
+    mem: &GuestMemoryMmap,
+    access: Permissions,
+    extents: &[Extent],
+    mut data: Cursor<'_>,
+    statuses: &mut [u8],
+) -> Result<(), Error> {
+    let mut statuses = statuses.iter_mut();
+    // Pieces that follow one another on both sides are copied as one.
+    let mut pending = Transfer {
+        guest: Segment {
+            addr: GuestAddress(0),
+            len: 0,
+        },
+        offset: 0,
+    };
+    for extent in extents {
+        for (offset, status) in (extent.offset()..)
+            .step_by(FRAME_SIZE)
+            .zip(&mut statuses)
+            .take(extent.count as usize)
+        {
+            let mut pieces = data;
+            if !data.skip(FRAME_SIZE, mem, access) {
+                *status = VIRTIO_HMM_FRAME_FAULT;
+                continue;
+            }
+            let mut offset = offset;
+            for guest in pieces.take(FRAME_SIZE) {
+                let copy = Transfer { guest, offset };
+                offset += guest.len as u64;
+                if !pending.extend(copy) {
+                    pending.run(mem, access, engine)?;
+                    pending = copy;
                 }
             }
         }
-        pending.run(mem, access, &self.engine)
     }
+    pending.run(mem, access, engine)
+}
 
-    /// Copies the frames of `from` to those of `to`, which are as many.
-    fn move_frames(&self, to: &[Extent], from: &[Extent]) -> Result<(), Error> {
-        let mut sources = from.iter().copied();
-        let mut source = Extent::default();
-        for destination in to {
-            let mut destination = *destination;
-            while destination.count > 0 {
-                if source.count == 0 {
-                    let Some(next) = sources.next() else {
-                        return Ok(());
-                    };
-                    source = next;
-                }
-                let count = source.count.min(destination.count);
-                let (from, to) = (source.split_front(count), destination.split_front(count));
-                self.engine
-                    .device_to_device(to.offset(), from.offset(), to.bytes())?;
+/// Copies the frames of `from` to those of `to`, which are as many.
+fn move_frames(engine: &Engine, to: &[Extent], from: &[Extent]) -> Result<(), Error> {
+    let mut sources = from.iter().copied();
+    let mut source = Extent::default();
+    for destination in to {
+        let mut destination = *destination;
+        while destination.count > 0 {
+            if source.count == 0 {
+                let Some(next) = sources.next() else {
+                    return Ok(());
+                };
+                source = next;
             }
+            let count = source.count.min(destination.count);
+            let (from, to) = (source.split_front(count), destination.split_front(count));
+            engine.device_to_device(to.offset(), from.offset(), to.bytes())?;
         }
-        Ok(())
     }
+    Ok(())
 }
 
 /// A copy between guest memory and device memory at byte `offset`.

@@ -48,6 +48,34 @@ pub enum Operation {
 }
 
 impl Operation {
+    const ALL: [Self; 6] = [
+        Self::ToDevice,
+        Self::FromDevice,
+        Self::Fill,
+        Self::DeviceToDevice,
+        Self::Counters,
+        Self::Discard,
+    ];
+
+    /// Its name on the control socket and in rules.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ToDevice => "to_device",
+            Self::FromDevice => "from_device",
+            Self::Fill => "fill",
+            Self::DeviceToDevice => "device_to_device",
+            Self::Counters => "counters",
+            Self::Discard => "discard",
+        }
+    }
+
+    /// The operation of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|operation| operation.name() == name)
+    }
+
     fn from_wire(kind: QueueKind, op: u32) -> Option<Self> {
         match (kind, op) {
             (QueueKind::Copy, VIRTIO_HMM_OP_TO_DEVICE) => Some(Self::ToDevice),
@@ -60,8 +88,8 @@ impl Operation {
         }
     }
 
-    /// Whether each frame has a status of its own in the response.
-    fn has_statuses(self) -> bool {
+    /// Whether it is one of copy queues. Each frame has a status of its own then.
+    pub fn is_copy(self) -> bool {
         !matches!(self, Self::Counters | Self::Discard)
     }
 }
@@ -237,7 +265,7 @@ impl Request {
             });
         }
 
-        let statuses = if operation.has_statuses() {
+        let statuses = if operation.is_copy() {
             frames as usize
         } else {
             0

@@ -25,7 +25,9 @@ use crate::{
     backend::Backend,
     control::{self, Control},
     engine::Engine,
+    inject::Injector,
     memory::{self, Memory},
+    rule::{self, Rule},
     session::Shared,
     socket::{self, SocketFile},
     stop::Stop,
@@ -56,6 +58,10 @@ pub struct Config {
     pub control_socket: Option<PathBuf>,
     /// Whether to allocate the memory before it is used.
     pub prefault: bool,
+    /// Faults on purpose.
+    pub inject: Vec<Rule>,
+    /// What decides where they strike.
+    pub inject_seed: u64,
 }
 
 /// Why a server cannot start or go on.
@@ -67,6 +73,9 @@ pub enum Error {
     /// There is no socket.
     #[error(transparent)]
     Socket(#[from] socket::Error),
+    /// A fault can never strike.
+    #[error(transparent)]
+    Rule(#[from] rule::Error),
     /// The control plane failed.
     #[error(transparent)]
     Control(#[from] control::Error),
@@ -83,12 +92,18 @@ pub enum Error {
 
 /// A device that VMs can connect to, one at a time.
 pub struct Server {
-    listener: UnixListener,
-    engine: Engine,
-    shared: Arc<Shared>,
-    stop: Arc<Stop>,
+    service: Service,
     control: Control,
     _files: Vec<SocketFile>,
+}
+
+/// What the thread that serves VMs has.
+struct Service {
+    listener: UnixListener,
+    engine: Engine,
+    injector: Arc<Injector>,
+    shared: Arc<Shared>,
+    stop: Arc<Stop>,
 }
 
 impl Server {
@@ -110,10 +125,19 @@ impl Server {
         if !(1..=MAX_COPY_QUEUES).contains(&config.copy_queues) {
             return Err(Error::CopyQueues(config.copy_queues));
         }
+        let injector = Arc::new(Injector::new(
+            config.inject_seed,
+            &config.inject,
+            config.copy_queues.into(),
+        )?);
         let memory = Memory::new(config.memory_size, config.prefault)?;
         let shared = Arc::new(Shared::new(config.memory_size, config.copy_queues));
         let stop = Arc::new(Stop::new()?);
-        let mut control = Control::new(Arc::clone(&shared), Arc::clone(&stop));
+        let mut control = Control::new(
+            Arc::clone(&shared),
+            Arc::clone(&injector),
+            Arc::clone(&stop),
+        );
         if let Some(path) = &config.control_socket {
             let (listener, file) = socket::listen(path)?;
             files.push(file);
@@ -121,10 +145,13 @@ impl Server {
         }
         let engine = Engine::new(Arc::new(memory));
         Ok(Self {
-            listener,
-            engine,
-            shared,
-            stop,
+            service: Service {
+                listener,
+                engine,
+                injector,
+                shared,
+                stop,
+            },
             control,
             _files: files,
         })
@@ -141,7 +168,7 @@ impl Server {
 
     /// The means to end the server.
     pub fn stop(&self) -> Arc<Stop> {
-        Arc::clone(&self.stop)
+        Arc::clone(&self.service.stop)
     }
 
     /// Serves until stopped, and removes the sockets.
@@ -150,28 +177,75 @@ impl Server {
     /// If the device can no longer be offered. The failure of a VM is none.
     pub fn run(self) -> Result<(), Error> {
         let control = self.control.start()?;
-        let served = serve(&self.listener, &self.engine, &self.shared, &self.stop);
-        self.stop.request();
+        let served = self.service.serve();
+        self.service.stop.request();
         let controlled = control.join().unwrap_or_else(|panic| resume_unwind(panic));
         served?;
         Ok(controlled?)
     }
 }
 
-fn serve(
-    listener: &UnixListener,
-    engine: &Engine,
-    shared: &Shared,
-    stop: &Arc<Stop>,
-) -> Result<(), Error> {
-    let mut accept = Listener::from(listener.try_clone()?);
-    while connection_comes(listener, stop)? {
-        run_session(&mut accept, engine, shared, stop)?;
-        // Before the next VM can see it.
-        engine.memory().clear(0, engine.memory().size())?;
-        shared.end();
+impl Service {
+    /// Serves one VM after another until stopped.
+    fn serve(&self) -> Result<(), Error> {
+        let mut accept = Listener::from(self.listener.try_clone()?);
+        while connection_comes(&self.listener, &self.stop)? {
+            self.run_session(&mut accept)?;
+            // Before the next VM can see it.
+            let memory = self.engine.memory();
+            memory.clear(0, memory.size())?;
+            self.shared.end();
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Serves the VM that connects next until it disconnects.
+    fn run_session(&self, listener: &mut Listener) -> Result<(), Error> {
+        let session = self.shared.begin();
+        self.injector.begin();
+        info!("session {} begins", session.number);
+        let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let backend = Arc::new(Backend::new(
+            self.shared.config(&session),
+            mem.clone(),
+            &self.engine,
+            &session.counters,
+            &self.injector,
+            Arc::clone(&self.stop),
+        )?);
+        // The library never closes the event that it offers for ending workers.
+        let ended = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(io::Error::from)?;
+        let (stop_token, timer_token) = (backend.stop_token(), backend.timer_token());
+        let timers: Vec<_> = backend.timers().collect();
+        let mut daemon =
+            VhostUserDaemon::new("vhost-user".into(), backend, mem).map_err(Error::Session)?;
+        for (worker, timer) in daemon.get_epoll_handlers().iter().zip(timers) {
+            let listen = |fd, token| worker.register_listener(fd, EventSet::IN, token);
+            let timed = timer.map_or(Ok(()), |timer| listen(timer, timer_token));
+            if let Err(e) = timed.and_then(|()| listen(ended.as_raw_fd(), stop_token)) {
+                // To drop the daemon would wait for this worker.
+                std::mem::forget(daemon);
+                return Err(e.into());
+            }
+        }
+        let result = daemon.start(listener).and_then(|()| {
+            self.stop.set_connection(daemon.shutdown_handle());
+            daemon.wait()
+        });
+        self.stop.set_connection(None);
+        // Dropping the daemon joins the workers.
+        ended.write(1).map_err(io::Error::from)?;
+        drop(daemon);
+        match result {
+            Ok(())
+            | Err(DaemonError::HandleRequest(
+                VhostUserError::Disconnected | VhostUserError::PartialMessage,
+            )) => info!("session {} ends", session.number),
+            Err(e) => warn!("session {} ends: {e}", session.number),
+        }
+        Ok(())
+    }
 }
 
 /// Waits for a connection. False if the server is to stop instead.
@@ -188,52 +262,4 @@ fn connection_comes(listener: &UnixListener, stop: &Stop) -> io::Result<bool> {
             Err(e) => return Err(e.into()),
         }
     }
-}
-
-/// Serves the VM that connects next until it disconnects.
-fn run_session(
-    listener: &mut Listener,
-    engine: &Engine,
-    shared: &Shared,
-    stop: &Arc<Stop>,
-) -> Result<(), Error> {
-    let session = shared.begin();
-    info!("session {} begins", session.number);
-    let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-    let backend = Arc::new(Backend::new(
-        shared.config(&session),
-        mem.clone(),
-        engine,
-        &session.counters,
-        Arc::clone(stop),
-    ));
-    // The library never closes the event that it offers for ending workers.
-    let ended = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-        .map_err(io::Error::from)?;
-    let token = backend.stop_token();
-    let mut daemon =
-        VhostUserDaemon::new("vhost-user".into(), backend, mem).map_err(Error::Session)?;
-    for worker in daemon.get_epoll_handlers() {
-        if let Err(e) = worker.register_listener(ended.as_raw_fd(), EventSet::IN, token) {
-            // To drop the daemon would wait for this worker.
-            std::mem::forget(daemon);
-            return Err(e.into());
-        }
-    }
-    let result = daemon.start(listener).and_then(|()| {
-        stop.set_connection(daemon.shutdown_handle());
-        daemon.wait()
-    });
-    stop.set_connection(None);
-    // Dropping the daemon joins the workers.
-    ended.write(1).map_err(io::Error::from)?;
-    drop(daemon);
-    match result {
-        Ok(())
-        | Err(DaemonError::HandleRequest(
-            VhostUserError::Disconnected | VhostUserError::PartialMessage,
-        )) => info!("session {} ends", session.number),
-        Err(e) => warn!("session {} ends: {e}", session.number),
-    }
-    Ok(())
 }

@@ -115,6 +115,55 @@ fn other_options_are_checked_too() {
     fails(&["-s", "/tmp/x", "--copy-queues", "0"], &["--copy-queues"]);
     fails(&["-s", "/tmp/x", "--copy-queues", "17"], &["--copy-queues"]);
     fails(&["-s", "/tmp/x", "--log-level", "loud"], &["--log-level"]);
+    fails(
+        &["-s", "/tmp/x", "--inject", "explode"],
+        &["--inject", "unknown fault", "delay, reorder"],
+    );
+    fails(
+        &["-s", "/tmp/x", "--inject", "drop,probability=2"],
+        &["--inject", "probability needs a number from 0 to 1"],
+    );
+    fails(
+        &["-s", "/proc/socket", "--inject-seed", "x"],
+        &["--inject-seed"],
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    fails(
+        &["-s", socket.to_str().unwrap(), "--inject", "drop,queue=4"],
+        &["no request for copies is ever on queue 4"],
+    );
+}
+
+#[test]
+fn help_and_documentation_name_every_fault() {
+    let output = run(&["--help"]);
+    let help = String::from_utf8(output.stdout).unwrap();
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/fault-injection.md");
+    let page = fs::read_to_string(page).unwrap();
+    let faults = "delay reorder error status short drop stall poison dead";
+    let conditions = "op queue probability after count";
+    for word in faults.split(' ').chain(conditions.split(' ')) {
+        let lines = |mut text: std::str::Lines, start: &str| text.any(|l| l.starts_with(start));
+        assert!(
+            help.lines().any(|l| l.trim_start().starts_with(word)),
+            "{word}"
+        );
+        assert!(lines(page.lines(), &format!("| `{word}")), "{word}");
+    }
+}
+
+#[test]
+fn the_seed_of_faults_is_logged() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let mut command = daemon(&["-s", socket.to_str().unwrap(), "--inject", "stall"]);
+    let child = command.args(["--inject-seed", "4711"]).spawn().unwrap();
+    connect(&socket);
+    signal(&child, Signal::SIGTERM);
+    let output = finish(child);
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(log.contains("injecting stall, seed 4711"), "{log}");
 }
 
 #[test]

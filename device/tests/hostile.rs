@@ -169,7 +169,7 @@ proptest! {
         let engine = Engine::new(Arc::new(Memory::new(2 << 20, false).unwrap()));
         let mut processor = Processor::new(kind, engine, Arc::new(Counters::default()));
         let chain = queue.iter(&mem).unwrap().next().unwrap();
-        let result = processor.process(&mem, chain);
+        let result = processor.process(&mem, chain, None);
         let after = content();
 
         let writable: Vec<Range<u64>> = table

@@ -49,6 +49,8 @@ pub const CONTROL: u32 = VIRTIO_HMM_QUEUE_CONTROL;
 pub const MEMORY_SIZE: u64 = 8 << 20;
 /// Guest memory: two mappings that follow one another.
 pub const RAM: [(u64, usize); 2] = [(0x10_0000, 8 << 20), (0x90_0000, 8 << 20)];
+/// Decides where injected faults strike.
+pub const SEED: u64 = 2017;
 /// The first address beyond guest memory.
 pub const RAM_END: u64 = 0x110_0000;
 
@@ -90,6 +92,11 @@ pub struct Device {
 
 impl Device {
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// A server that injects faults.
+    pub fn start_with(rules: &[&str]) -> Self {
         let watchdog = Watchdog::new();
         let dir = tempfile::tempdir().unwrap();
         let server = Server::new(&Config {
@@ -98,6 +105,8 @@ impl Device {
             copy_queues: COPY_QUEUES as u16,
             control_socket: Some(dir.path().join("control")),
             prefault: false,
+            inject: rules.iter().map(|rule| rule.parse().unwrap()).collect(),
+            inject_seed: SEED,
         })
         .unwrap();
         let stop = server.stop();
@@ -129,6 +138,23 @@ impl Device {
 
     pub fn counters(&self) -> Value {
         self.ask(r#"{"command":"counters"}"#)
+    }
+
+    /// Adds a rule for faults.
+    pub fn inject(&self, rule: &str) -> Value {
+        self.ask(&serde_json::json!({ "command": "inject", "rule": rule }).to_string())
+    }
+
+    /// Makes the device well.
+    pub fn cure(&self) -> Value {
+        self.ask(r#"{"command":"inject","clear":true}"#)
+    }
+
+    /// How often a fault struck.
+    pub fn struck(&self, fault: &str) -> u64 {
+        self.counters()["counters"]["injected"][fault]
+            .as_u64()
+            .unwrap()
     }
 
     pub fn wait_for_disconnect(&self) {

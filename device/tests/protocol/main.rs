@@ -10,6 +10,7 @@
 )]
 
 mod harness;
+mod injection;
 mod operations;
 mod rejections;
 mod rings;

@@ -1,0 +1,306 @@
+//! Takes requests from one ring and answers them: at once, unless something is
+//! wrong on purpose.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use tracing::{debug, error, warn};
+use vhost_user_backend::{VringMutex, VringState, VringT};
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::{
+    ErrorChain,
+    counters::Counters,
+    inject::{Injector, Strike},
+    processor::{self, Answer, Flaws, Processor},
+    rule::{Fault, Share},
+};
+
+/// How often a worker that may do nothing looks whether it may again.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// Why a queue stops until it is set up anew.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A request cannot be answered.
+    #[error(transparent)]
+    Request(#[from] processor::Error),
+    /// The ring is broken.
+    #[error("cannot access the ring")]
+    Ring(#[from] virtio_queue::Error),
+    /// The ring lies partly outside guest memory.
+    #[error("an available ring entry lies outside guest memory")]
+    Entry,
+}
+
+type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
+
+/// Serves one queue.
+pub struct Worker {
+    queue: u32,
+    mem: GuestMemoryAtomic<GuestMemoryMmap>,
+    processor: Processor,
+    counters: Arc<Counters>,
+    injector: Arc<Injector>,
+    /// A broken ring.
+    stopped: bool,
+    /// The number of cures when the queue was stalled.
+    stalled: Option<u64>,
+    /// Requests that are executed later, by time and order.
+    held: BTreeMap<(Instant, u64), Chain>,
+    holds: u64,
+    /// The one that waits for another to overtake it, and how long.
+    overtaken: Option<(Instant, Chain)>,
+    timer: TimerFd,
+    armed: bool,
+}
+
+impl Worker {
+    /// A worker for the queue of this number, whose guest has memory `mem`.
+    ///
+    /// # Errors
+    /// If there is no timer for it.
+    pub fn new(
+        queue: u32,
+        mem: GuestMemoryAtomic<GuestMemoryMmap>,
+        processor: Processor,
+        counters: Arc<Counters>,
+        injector: Arc<Injector>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            queue,
+            mem,
+            processor,
+            counters,
+            injector,
+            stopped: false,
+            stalled: None,
+            held: BTreeMap::new(),
+            holds: 0,
+            overtaken: None,
+            timer: TimerFd::new()?,
+            armed: false,
+        })
+    }
+
+    /// The timer that says when to serve the queue though nobody kicked.
+    pub fn timer(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+
+    /// Processes what is available in the ring and what is due.
+    pub fn drain(&mut self, vring: &VringMutex, stop: impl Fn() -> bool) {
+        loop {
+            // A frontend that stops the queue takes this lock: once it has it,
+            // no request is in flight and none is begun.
+            let mut state = vring.get_mut();
+            let running = state.is_enabled() && state.get_queue().ready();
+            if !running || self.stopped || stop() {
+                break;
+            }
+            match self.step(&mut state) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(e) => self.break_off(&e),
+            }
+        }
+        if self.armed || self.injector.active() {
+            self.arm();
+        }
+    }
+
+    /// Ends what is in flight, for a queue that is stopped: what was held is
+    /// executed now, since the queue's memory must not be touched later.
+    pub fn stop(&mut self, vring: &VringMutex) {
+        let mut state = vring.get_mut();
+        if !self.stopped
+            && !self.injector.dead()
+            && let Err(e) = self.release(&mut state, None)
+        {
+            self.break_off(&e);
+        }
+        self.held.clear();
+        self.overtaken = None;
+        self.stopped = false;
+        self.stalled = None;
+    }
+
+    fn break_off(&mut self, error: &Error) {
+        self.stopped = true;
+        error!("queue {} stops: {}", self.queue, ErrorChain(error));
+    }
+
+    /// Processes the next request. Returns whether there may be another.
+    fn step(&mut self, state: &mut VringState) -> Result<bool, Error> {
+        let flawed = self.injector.active();
+        if flawed {
+            if self.idle() {
+                return Ok(false);
+            }
+            self.release(state, Some(Instant::now()))?;
+        }
+        let mem = self.mem.memory();
+        let queue = state.get_queue_mut();
+        let pending = queue.avail_idx(&*mem, Ordering::Acquire)?.0 != queue.next_avail();
+        if !pending {
+            // Until now the driver need not have notified; this also looks
+            // whether it made something available just before.
+            return Ok(state.enable_notification()?);
+        }
+        state.disable_notification()?;
+        let chain = state
+            .get_queue_mut()
+            .iter(mem)?
+            .next()
+            .ok_or(Error::Entry)?;
+        if flawed {
+            return self.take(state, chain);
+        }
+        self.execute(state, chain, None)?;
+        Ok(true)
+    }
+
+    /// Whether the queue may not be served.
+    fn idle(&mut self) -> bool {
+        if self
+            .stalled
+            .is_some_and(|cures| cures != self.injector.cures())
+        {
+            self.stalled = None;
+        }
+        self.stalled.is_some() || self.injector.dead()
+    }
+
+    /// Decides about a request. Returns whether there may be another.
+    fn take(&mut self, state: &mut VringState, chain: Chain) -> Result<bool, Error> {
+        let strike = self
+            .processor
+            .look(chain.memory(), chain.clone())
+            .and_then(|operation| {
+                let holding = self.overtaken.is_some();
+                self.injector.decide(self.queue, operation, holding)
+            });
+        let Some(strike) = strike else {
+            self.complete(state, chain, None)?;
+            return Ok(true);
+        };
+        let fault = strike.fault;
+        self.counters.injected.record(fault);
+        debug!("queue {}: {} injected", self.queue, fault.name());
+        match fault {
+            Fault::Delay(time) => {
+                self.held.insert((Instant::now() + time, self.holds), chain);
+                self.holds += 1;
+            }
+            Fault::Reorder(time) => self.overtaken = Some((Instant::now() + time, chain)),
+            Fault::Stall | Fault::Dead => {
+                // The request is not taken.
+                let queue = state.get_queue_mut();
+                queue.set_next_avail(queue.next_avail().wrapping_sub(1));
+                if fault == Fault::Dead {
+                    warn!("the device is dead on purpose");
+                    self.injector.kill();
+                } else {
+                    warn!("queue {} is stalled on purpose", self.queue);
+                    self.stalled = Some(self.injector.cures());
+                }
+                return Ok(false);
+            }
+            Fault::Drop(Share::None) => {}
+            _ => self.complete(state, chain, Some(strike))?,
+        }
+        Ok(true)
+    }
+
+    /// Executes a request, and that which waited for it.
+    fn complete(
+        &mut self,
+        state: &mut VringState,
+        chain: Chain,
+        strike: Option<Strike>,
+    ) -> Result<(), Error> {
+        self.execute(state, chain, Some(strike))?;
+        match self.overtaken.take() {
+            Some((_, chain)) => self.execute(state, chain, Some(None)),
+            None => Ok(()),
+        }
+    }
+
+    /// Executes what is due at this time, or all.
+    fn release(&mut self, state: &mut VringState, now: Option<Instant>) -> Result<(), Error> {
+        let is_due = |due: Instant| now.is_none_or(|now| due <= now);
+        while let Some(first) = self
+            .held
+            .first_entry()
+            .filter(|first| is_due(first.key().0))
+        {
+            let chain = first.remove();
+            self.complete(state, chain, None)?;
+        }
+        match self.overtaken.take_if(|(due, _)| is_due(*due)) {
+            Some((_, chain)) => self.execute(state, chain, Some(None)),
+            None => Ok(()),
+        }
+    }
+
+    /// Executes a request, with flaws if `flaws` is given, and answers it.
+    fn execute(
+        &mut self,
+        state: &mut VringState,
+        chain: Chain,
+        flaws: Option<Option<Strike>>,
+    ) -> Result<(), Error> {
+        let head = chain.head_index();
+        let mem = self.mem.memory();
+        let flaws = flaws.map(|strike| Flaws {
+            injector: &self.injector,
+            strike,
+        });
+        match self.processor.process(&mem, chain, flaws)? {
+            Some(answer) => self.answer(state, head, answer),
+            None => Ok(()),
+        }
+    }
+
+    fn answer(&self, state: &mut VringState, head: u16, answer: Answer) -> Result<(), Error> {
+        state.add_used(head, answer.written)?;
+        if state.needs_notification()?
+            && let Err(e) = state.signal_used_queue()
+        {
+            debug!("cannot notify the driver: {e}");
+        }
+        Ok(())
+    }
+
+    /// Sets the timer to when something is due.
+    fn arm(&mut self) {
+        let next = if self.idle() {
+            Some(LOOK)
+        } else {
+            let held = self.held.first_key_value().map(|((due, _), _)| *due);
+            let overtaken = self.overtaken.as_ref().map(|(due, _)| *due);
+            let due = held.into_iter().chain(overtaken).min();
+            // Zero would disarm it.
+            due.map(|due| {
+                due.saturating_duration_since(Instant::now())
+                    .max(Duration::from_nanos(1))
+            })
+        };
+        // This also takes back that it has expired.
+        let set = match next {
+            Some(time) => self.timer.reset(time, None),
+            None => self.timer.clear(),
+        };
+        self.armed = next.is_some();
+        if let Err(e) = set {
+            error!("queue {}: cannot set the timer: {e}", self.queue);
+        }
+    }
+}
