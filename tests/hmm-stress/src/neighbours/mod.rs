@@ -5,6 +5,8 @@
 //! it, the test is skipped. The tests only need root.
 
 mod counted;
+mod meanwhile;
+mod pins;
 mod soft_dirty;
 
 use crate::suite::{self, Test, tests};
@@ -13,6 +15,14 @@ use crate::suite::{self, Test, tests};
 pub const ALL: &[Test] = tests! {
     soft_dirty::survives: "soft_dirty_survives_migration",
         "a page written since clear_refs stays so on the device and back, others stay clean";
+    pins::registered_buffers: "registered_buffers_pin_their_pages",
+        "io_uring's registered buffers come home, stay as long as they are registered, then move";
+    pins::pipes: "pipes_hold_their_pages",
+        "pages that vmsplice put into a pipe come home, stay until it is drained, then move";
+    pins::direct_io: "direct_io_and_migration",
+        "O_DIRECT from and into device pages, and pages that migrate meanwhile";
+    pins::direct_io_in_flight: "direct_io_in_flight_pins_its_pages",
+        "pages that a disk reads into stay until it has completed";
 };
 
 /// The names of all of them.
