@@ -47,6 +47,11 @@ impl Pattern {
         })
         .take(WORDS)
     }
+
+    /// All bytes of the page.
+    pub fn bytes(self) -> impl Iterator<Item = u8> {
+        self.words().flat_map(u64::to_le_bytes)
+    }
 }
 
 /// A byte that is not what it should be.

@@ -91,6 +91,45 @@ impl Child {
         }
     }
 
+    /// Its process id, until it was waited for.
+    #[must_use]
+    pub fn pid(&self) -> libc::pid_t {
+        self.pid.unwrap_or(-1)
+    }
+
+    /// Wait until the child ends by `signal`, and tell whether it left a core dump.
+    ///
+    /// # Errors
+    /// It ended otherwise.
+    pub fn wait_signal(mut self, signal: libc::c_int) -> Result<bool, Failure> {
+        let status = self.reap()?;
+        if !libc::WIFSIGNALED(status) || libc::WTERMSIG(status) != signal {
+            let mut text = String::new();
+            // The report ends when the child does, which it has.
+            let _ = self.report.read_to_string(&mut text);
+            return Err(Failure::Broken(format!(
+                "a child ended with status {status:#x} instead of signal {signal}: {text}"
+            )));
+        }
+        Ok(libc::WCOREDUMP(status))
+    }
+
+    /// Wait until the child stops, as a tracee does.
+    ///
+    /// # Errors
+    /// It ended.
+    pub fn wait_stopped(&self) -> Result<(), Failure> {
+        let mut status = 0;
+        // SAFETY: `status` lives for the call.
+        let pid = unsafe { libc::waitpid(self.pid(), &raw mut status, libc::WUNTRACED) };
+        if pid != self.pid() || !libc::WIFSTOPPED(status) {
+            return Err(Failure::Broken(format!(
+                "a child did not stop: status {status:#x}"
+            )));
+        }
+        Ok(())
+    }
+
     /// End the child with SIGKILL.
     ///
     /// # Errors

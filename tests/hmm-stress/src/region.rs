@@ -1,6 +1,7 @@
 //! Private anonymous memory whose pages carry patterns.
 
 use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -78,6 +79,42 @@ impl Region {
             },
         )?;
         Ok(region)
+    }
+
+    /// Map `pages` pages of another kind of memory, for reading and writing: `flags` and
+    /// `file` as for mmap.
+    ///
+    /// # Errors
+    /// The mapping fails.
+    pub fn of_kind(
+        pages: usize,
+        flags: libc::c_int,
+        file: Option<BorrowedFd<'_>>,
+        seed: u64,
+    ) -> Result<Self, Failure> {
+        let fd = file.map_or(-1, |file| file.as_raw_fd());
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing.
+        let base =
+            unsafe { libc::mmap(ptr::null_mut(), pages * PAGE_SIZE, protection, flags, fd, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(Failure::system("mmap"));
+        }
+        // SAFETY: the mapping is new, that long and writable.
+        Ok(unsafe { Self::adopt(base as usize, pages, seed) })
+    }
+
+    /// Take over the mapping of `pages` pages at `base`.
+    ///
+    /// # Safety
+    /// It is readable and writable, and nothing else refers to it.
+    pub(crate) unsafe fn adopt(base: usize, pages: usize, seed: u64) -> Self {
+        Self {
+            base,
+            pages,
+            first: 0,
+            seed,
+        }
     }
 
     /// Number of pages.
@@ -193,6 +230,14 @@ impl Region {
     /// madvise fails.
     pub fn page_out(&self, pages: Range<usize>) -> Result<(), Failure> {
         self.advise(pages, libc::MADV_PAGEOUT)
+    }
+
+    /// Leave `pages` out of core dumps.
+    ///
+    /// # Errors
+    /// madvise fails.
+    pub fn leave_out_of_dumps(&self, pages: Range<usize>) -> Result<(), Failure> {
+        self.advise(pages, libc::MADV_DONTDUMP)
     }
 
     fn advise(&self, pages: Range<usize>, advice: libc::c_int) -> Result<(), Failure> {

@@ -4,9 +4,11 @@
 //! Each test needs one of these neighbours; where the kernel or the machine does not have
 //! it, the test is skipped. The tests only need root.
 
+mod core_dump;
 mod counted;
 mod meanwhile;
 mod pins;
+mod remote_access;
 mod soft_dirty;
 
 use crate::suite::{self, Test, tests};
@@ -23,6 +25,14 @@ pub const ALL: &[Test] = tests! {
         "O_DIRECT from and into device pages, and pages that migrate meanwhile";
     pins::direct_io_in_flight: "direct_io_in_flight_pins_its_pages",
         "pages that a disk reads into stay until it has completed";
+    remote_access::process_vm: "process_vm_readv_and_writev",
+        "device pages of two processes, read and written by one of them";
+    remote_access::proc_mem: "proc_pid_mem",
+        "device pages of another process, read and written through /proc/PID/mem";
+    remote_access::ptrace: "ptrace_peek_and_poke",
+        "device pages of another process, read and written by its tracer";
+    core_dump::run: "core_dump_has_device_pages",
+        "the core dump of a process has the bytes of its device pages, without MADV_DONTDUMP ones";
 };
 
 /// The names of all of them.
