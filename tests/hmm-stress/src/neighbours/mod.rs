@@ -6,8 +6,12 @@
 
 mod core_dump;
 mod counted;
+mod mappings;
 mod meanwhile;
 mod pins;
+mod private_file;
+mod protection;
+mod refused;
 mod remote_access;
 mod soft_dirty;
 
@@ -33,6 +37,22 @@ pub const ALL: &[Test] = tests! {
         "device pages of another process, read and written by its tracer";
     core_dump::run: "core_dump_has_device_pages",
         "the core dump of a process has the bytes of its device pages, without MADV_DONTDUMP ones";
+    private_file::run: "private_file_mappings",
+        "written pages of a private file mapping migrate, the file's own and holes stay";
+    refused::shared_anonymous: "shared_anonymous_memory_is_refused",
+        "anonymous memory shared with a child stays, and the reason is said";
+    refused::shared_file: "shared_file_mapping_is_refused",
+        "a file mapped as shared stays, and the file has what was written";
+    refused::sysv: "sysv_shared_memory_is_refused",
+        "a System V segment stays";
+    refused::hugetlb: "hugetlb_is_refused",
+        "pages of the hugetlb pool stay";
+    refused::secret: "secret_memory_is_refused",
+        "memory that the kernel cannot see (memfd_secret) stays";
+    refused::special: "special_mappings_are_refused",
+        "vDSO and vvar stay, the vsyscall page is no address of the process";
+    protection::run: "protected_memory",
+        "pages and holes that may not be read or written migrate, and stay forbidden";
 };
 
 /// The names of all of them.
