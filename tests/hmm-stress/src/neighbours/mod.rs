@@ -4,8 +4,10 @@
 //! Each test needs one of these neighbours; where the kernel or the machine does not have
 //! it, the test is skipped. The tests only need root.
 
+mod atomics;
 mod core_dump;
 mod counted;
+mod futex;
 mod mappings;
 mod meanwhile;
 mod pins;
@@ -13,7 +15,9 @@ mod private_file;
 mod protection;
 mod refused;
 mod remote_access;
+mod signal_stack;
 mod soft_dirty;
+mod system_calls;
 
 use crate::suite::{self, Test, tests};
 
@@ -53,6 +57,16 @@ pub const ALL: &[Test] = tests! {
         "vDSO and vvar stay, the vsyscall page is no address of the process";
     protection::run: "protected_memory",
         "pages and holes that may not be read or written migrate, and stay forbidden";
+    futex::run: "futex_in_device_pages",
+        "waiting, waking, FUTEX_WAKE_OP and PI locks with words in device pages";
+    system_calls::buffers: "system_calls_with_device_buffers",
+        "no EFAULT and no short transfer because a buffer of a system call is on the device";
+    system_calls::arguments: "system_calls_with_device_arguments",
+        "paths, structures and arrays of system calls in device pages";
+    signal_stack::run: "signal_frames_on_a_device_stack",
+        "signals are handled on a stack on the device, which migrates under the handler";
+    atomics::run: "atomic_instructions_on_device_pages",
+        "no addition of several threads is lost while the pages migrate";
 };
 
 /// The names of all of them.
