@@ -249,14 +249,20 @@ fn passes_with_swap(command: &str) -> Result {
 }
 
 /// Options that bring zram into the guest, which Debian's kernel has as a module.
-fn swap_modules() -> Result<[PathBuf; 4]> {
-    let kernel = PathBuf::from(std::env::var(MODULES_VARIABLE)?);
-    let [lz4hc, zram] = [
+fn swap_modules() -> Result<Vec<PathBuf>> {
+    with_modules(&[
         "lib/lz4/lz4hc_compress.ko.xz",
         "drivers/block/zram/zram.ko.xz",
-    ]
-    .map(|module| kernel.join(module));
-    Ok(["--with".into(), lz4hc, "--with".into(), zram])
+    ])
+}
+
+/// Options that bring modules of Debian's kernel into the guest.
+fn with_modules(names: &[&str]) -> Result<Vec<PathBuf>> {
+    let kernel = PathBuf::from(std::env::var(MODULES_VARIABLE)?);
+    let options = names
+        .iter()
+        .flat_map(|name| ["--with".into(), kernel.join(name)]);
+    Ok(options.collect())
 }
 
 /// A script that swaps to zram and runs `command`.
@@ -536,11 +542,21 @@ fn contract() -> Result<&'static Shared> {
     })
 }
 
+/// With a block device that keeps what is written to it and completes after 100 ms.
+const WITH_DISK: &str = "unxz configfs.ko.xz null_blk.ko.xz && insmod configfs.ko || exit 93
+    insmod null_blk.ko nr_devices=1 gb=1 memory_backed=1 irqmode=2 completion_nsec=100000000 \
+        || exit 94
+    hmm-stress neighbours --json";
+
 fn neighbours() -> Result<&'static Shared> {
     static BOOT: OnceLock<Boot> = OnceLock::new();
     shared(&BOOT, || {
-        let script = with_swap("hmm-stress neighbours --json");
-        boot_once(vm(&["run"])?.with(swap_modules()?), &["sh", "-c", &script])
+        let disk = with_modules(&[
+            "fs/configfs/configfs.ko.xz",
+            "drivers/block/null_blk/null_blk.ko.xz",
+        ])?;
+        let tool = vm(&["run"])?.with(swap_modules()?).with(disk);
+        boot_once(tool, &["sh", "-c", &with_swap(WITH_DISK)])
     })
 }
 
