@@ -340,6 +340,18 @@ static bool vhmm_vma_is_supported(struct vm_area_struct *vma)
 	       !is_vm_hugetlb_page(vma) && !vma_is_dax(vma);
 }
 
+/*
+ * A page that KSM merged must not come to the device: KSM goes on to read it
+ * by its frame. Nor may migrate_vma_setup() see it: KSM can have lost track of
+ * this mapping (it forgets a page that it finds migrating), and what setup
+ * unmapped would never be mapped again. A page can be merged at any time, so
+ * the whole mapping stays.
+ */
+static bool vhmm_vma_is_mergeable(struct vm_area_struct *vma)
+{
+	return vma->vm_flags & VM_MERGEABLE;
+}
+
 /* One attempt on a window of at most a batch, which several VMAs may share. */
 static void vhmm_migrate_window(struct vhmm_batch *b, struct mm_struct *mm,
 				unsigned long start, unsigned long end,
@@ -360,7 +372,8 @@ static void vhmm_migrate_window(struct vhmm_batch *b, struct mm_struct *mm,
 			vhmm_resolve(outcome, addr, next, VHMM_SKIP(UNMAPPED));
 		} else {
 			next = min(end, vma->vm_end);
-			if (vhmm_vma_is_supported(vma))
+			if (vhmm_vma_is_supported(vma) &&
+			    !(to_device && vhmm_vma_is_mergeable(vma)))
 				vhmm_migrate_vma(b, vma, addr, next, to_device,
 						 large, outcome);
 			else

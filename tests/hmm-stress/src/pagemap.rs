@@ -8,6 +8,9 @@ use virtio_hmm_client::PAGE_SIZE;
 
 use crate::failure::Failure;
 
+/// The bits of an entry that hold a page frame, or type and offset.
+const FRAME: u64 = (1 << 55) - 1;
+
 /// The entry of one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry(u64);
@@ -52,8 +55,13 @@ impl Entry {
     /// Of an entry with [`Entry::swap`]: its type and offset. Both are 0 for who is not root.
     #[must_use]
     pub fn swap_entry(self) -> (u64, u64) {
-        let frame = self.0 & ((1 << 55) - 1);
-        (frame & 31, frame >> 5)
+        (self.frame() & 31, self.frame() >> 5)
+    }
+
+    /// Of an entry with [`Entry::present`]: its page frame. 0 for who is not root.
+    #[must_use]
+    pub fn frame(self) -> u64 {
+        self.0 & FRAME
     }
 
     fn bit(self, bit: u32) -> bool {

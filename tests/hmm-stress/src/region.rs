@@ -240,7 +240,11 @@ impl Region {
         self.advise(pages, libc::MADV_DONTDUMP)
     }
 
-    fn advise(&self, pages: Range<usize>, advice: libc::c_int) -> Result<(), Failure> {
+    /// Give the kernel an advice of madvise on `pages`.
+    ///
+    /// # Errors
+    /// madvise fails.
+    pub fn advise(&self, pages: Range<usize>, advice: libc::c_int) -> Result<(), Failure> {
         let range = self.clamped(pages);
         // SAFETY: the range lies in this mapping, whose words are only seen as atomics,
         // so that even advice that discards contents changes nothing Rust relies on.

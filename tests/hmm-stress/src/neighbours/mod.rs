@@ -8,6 +8,7 @@ mod atomics;
 mod core_dump;
 mod counted;
 mod futex;
+mod ksm;
 mod mappings;
 mod meanwhile;
 mod pins;
@@ -18,11 +19,18 @@ mod remote_access;
 mod signal_stack;
 mod soft_dirty;
 mod system_calls;
+mod tunable;
 
 use crate::suite::{self, Test, tests};
 
 /// All of them, in the order in which they run.
 pub const ALL: &[Test] = tests! {
+    ksm::merged: "ksm_merged_pages_stay",
+        "pages that KSM may merge stay in RAM until it may not any more";
+    ksm::on_device: "ksm_leaves_device_pages",
+        "KSM neither reads nor merges device pages";
+    ksm::zero: "ksm_zero_pages_stay",
+        "so do pages that KSM made the zero page";
     soft_dirty::survives: "soft_dirty_survives_migration",
         "a page written since clear_refs stays so on the device and back, others stay clean";
     pins::registered_buffers: "registered_buffers_pin_their_pages",
