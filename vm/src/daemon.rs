@@ -92,6 +92,12 @@ pub fn command(program: &Path, device: &Device, sockets: &Sockets) -> Command {
         .arg(device.memory.to_string())
         .arg("--copy-queues")
         .arg(device.copy_queues.to_string());
+    for rule in &device.inject {
+        command.arg("--inject").arg(rule);
+    }
+    if let Some(seed) = device.inject_seed {
+        command.arg("--inject-seed").arg(seed.to_string());
+    }
     command
 }
 

@@ -74,6 +74,12 @@ pub struct MachineOptions {
     /// Control socket of that daemon
     #[arg(long, value_name = "SOCKET", requires = "device_socket")]
     pub control_socket: Option<PathBuf>,
+    /// Let the device go wrong on purpose, see docs/fault-injection.md; can be repeated
+    #[arg(long, value_name = "RULE", conflicts_with_all = ["device_socket", "no_device"])]
+    pub inject: Vec<String>,
+    /// Repeat the faults of an earlier run: the seed is in the daemon's log
+    #[arg(long, value_name = "N", requires = "inject")]
+    pub inject_seed: Option<u64>,
     /// Go on when the device daemon dies: the guest then sees a dead device
     #[arg(long)]
     pub device_may_die: bool,
@@ -105,6 +111,8 @@ impl MachineOptions {
         profile.memory = self.memory.unwrap_or(profile.memory);
         profile.device.memory = self.device_memory.unwrap_or(profile.device.memory);
         profile.device.copy_queues = self.copy_queues.unwrap_or(profile.device.copy_queues);
+        profile.device.inject.extend(self.inject.iter().cloned());
+        profile.device.inject_seed = self.inject_seed.or(profile.device.inject_seed);
         profile.check()?;
         Ok(profile)
     }

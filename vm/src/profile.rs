@@ -53,6 +53,12 @@ pub struct Device {
     pub copy_queues: u32,
     /// Descriptors in each queue.
     pub queue_size: u32,
+    /// Rules for faults on purpose, as the daemon takes them.
+    #[serde(default)]
+    pub inject: Vec<String>,
+    /// Seed of these faults.
+    #[serde(default)]
+    pub inject_seed: Option<u64>,
 }
 
 /// The driver.
