@@ -108,7 +108,13 @@ pub(crate) fn start(
     sockets: &Sockets,
     log: &Path,
 ) -> Result<Guarded> {
-    let file = File::create(log).at("create", log)?;
+    // A device that is plugged in anew has the log of its predecessor.
+    let mut options = File::options();
+    let file = options
+        .create(true)
+        .append(true)
+        .open(log)
+        .at("create", log)?;
     let mut command = command(program, device, sockets);
     command
         .stdin(Stdio::null())

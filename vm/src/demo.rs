@@ -2,58 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hmm_init::Stream;
 use hmm_stress::report::{Line, Summary};
 use serde::Serialize;
 
 use crate::accelerator::Accelerator;
-use crate::daemon::{Counters, Operation};
 use crate::error::{Error, Result};
 use crate::prepare::{Job, MachineOptions, Prepared};
 use crate::process::capture;
+use crate::reconcile::{self, Guest, PRINT_COUNTERS, Sides, grouped};
 use crate::report::Report;
 use crate::run::{End, pass_on};
 
 /// What the driver's counters of skipped pages begin with.
 const SKIPPED: &str = "skipped_";
-
-/// Amounts of both sides of the device for one kind of request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Sides {
-    /// By the driver's counters.
-    pub guest: Amounts,
-    /// By the daemon's counters.
-    pub host: Amounts,
-}
-
-/// How much of one kind of request.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Amounts {
-    /// Requests completed.
-    pub requests: u64,
-    /// Frames copied or filled.
-    pub frames: u64,
-    /// Bytes in these frames.
-    pub bytes: u64,
-}
-
-impl From<Operation> for Amounts {
-    fn from(operation: Operation) -> Self {
-        let Operation {
-            requests,
-            frames,
-            bytes,
-            ..
-        } = operation;
-        Self {
-            requests,
-            frames,
-            bytes,
-        }
-    }
-}
 
 /// The result, as `--json` prints it.
 #[derive(Clone, Debug, Serialize)]
@@ -104,9 +68,11 @@ pub struct Demo {
     pub guest_bytes_to_system: u64,
     /// By the daemon.
     pub host_bytes_to_system: u64,
-    /// Both sides by kind of request.
+    /// Both sides by kind of request, all devices together.
     pub counters: BTreeMap<&'static str, Sides>,
-    /// Whether all of `counters` agree.
+    /// Each device.
+    pub devices: Vec<reconcile::Device>,
+    /// Whether both sides of every device agree.
     pub reconciled: bool,
     /// From QEMU's start to the guest's first line.
     pub boot_seconds: f64,
@@ -131,28 +97,21 @@ impl Demo {
 pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
     let started = std::time::Instant::now();
     let prepared = Prepared::new(options)?;
-    let mut command: Vec<String> = [
-        "hmm-stress",
-        "run",
-        "--json",
-        "--duration",
-        "1s",
-        "--size",
-        "32M",
-    ]
-    .map(Into::into)
-    .into();
-    if let Some(seed) = seed {
-        command.extend(["--seed".into(), seed.to_string()]);
-    }
+    let seed = seed.unwrap_or_else(random_seed);
+    let stress = format!("hmm-stress run --json --duration 1s --size 32M --seed {seed}");
     Report.line(&format!(
-        "booting on {} and running {}",
+        "booting on {} and running {stress}",
         prepared.accelerator(),
-        command.join(" ")
     ));
+    let script = format!(
+        "status=0
+        for device in /dev/hmm*; do {stress} --device $device || status=$?; done
+        {PRINT_COUNTERS}
+        exit $status"
+    );
     let mut lines = Lines::default();
     let job = Job {
-        command,
+        command: vec!["sh".into(), "-c".into(), script],
         ..Job::default()
     };
     let finished = prepared.run(&job, &mut |stream, data| match stream {
@@ -162,10 +121,14 @@ pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
         }
         Stream::Stderr => pass_on(Stream::Stderr, data),
     })?;
-    let (Some(summary), Some(counters)) = (lines.summary, finished.counters) else {
+    let Lines {
+        summaries, guest, ..
+    } = lines;
+    if summaries.is_empty() || summaries.len() != finished.counters.len() {
         return Err(Error::Stress(finished.end));
-    };
-    let mut demo = Demo::new(&summary, &counters);
+    }
+    let devices = reconcile::devices(&guest, &finished.counters);
+    let mut demo = Demo::new(&summaries, devices);
     // Status 1 is a failed scenario, which the summary tells better.
     if !matches!(finished.end, End::Status(0 | 1)) {
         return Err(Error::Stress(finished.end));
@@ -173,6 +136,7 @@ pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
     if finished.end != End::Status(0) && demo.passed() {
         demo.scenarios_failed += 1;
     }
+    demo.seed = seed;
     demo.accelerator = prepared.accelerator();
     demo.kernel = finished.kernel;
     demo.qemu = capture(prepared.toolbox().qemu().arg("--version"))?
@@ -186,11 +150,20 @@ pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
     Ok(demo)
 }
 
-/// The stress program's lines as they come in.
+/// Different from run to run, and short enough to be typed again.
+pub(crate) fn random_seed() -> u64 {
+    let time = SystemTime::now().duration_since(UNIX_EPOCH);
+    time.map_or(0, |time| {
+        (time.as_micros() & 0xffff_ffff).try_into().unwrap_or(0)
+    })
+}
+
+/// The stress programs' lines as they come in, and the driver's counters after them.
 #[derive(Default)]
 struct Lines {
     partial: Vec<u8>,
-    summary: Option<Box<Summary>>,
+    summaries: Vec<Summary>,
+    guest: Guest,
 }
 
 impl Lines {
@@ -201,37 +174,36 @@ impl Lines {
             let line = std::mem::replace(&mut self.partial, rest);
             // The program tells a person on standard error how each scenario ended.
             if let Ok(Line::Summary(summary)) = serde_json::from_slice(&line) {
-                self.summary = Some(summary);
+                self.summaries.push(*summary);
+            } else {
+                self.guest.add_line(&String::from_utf8_lossy(&line));
             }
         }
     }
 }
 
 impl Demo {
-    fn new(summary: &Summary, host: &Counters) -> Self {
-        let driver = |name: &str| driver_counter(summary, name);
-        let [to_device, from_device, fill] = sides(summary, host);
-        let counters = BTreeMap::from([
-            ("to_device", to_device),
-            ("from_device", from_device),
-            ("fill", fill),
-        ]);
-        let skipped = summary
-            .driver
+    fn new(summaries: &[Summary], devices: Vec<reconcile::Device>) -> Self {
+        let sum = |of: fn(&Summary) -> u64| summaries.iter().map(of).sum();
+        let most = |of: fn(&Summary) -> u64| summaries.iter().map(of).max().unwrap_or(0);
+        let mut driver: BTreeMap<&str, u64> = BTreeMap::new();
+        for (name, &change) in summaries.iter().flat_map(|summary| &summary.driver) {
+            *driver.entry(name).or_default() += u64::try_from(change).unwrap_or(0);
+        }
+        let skipped = driver
             .iter()
-            .filter_map(|(name, &count)| {
-                let reason = name.strip_prefix(SKIPPED)?;
-                Some((
-                    reason.to_owned(),
-                    u64::try_from(count).ok().filter(|&count| count > 0)?,
-                ))
-            })
+            .filter(|&(_, &count)| count > 0)
+            .filter_map(|(name, &count)| Some((name.strip_prefix(SKIPPED)?.to_owned(), count)))
             .collect();
+        let driver = |name: &str| driver.get(name).copied().unwrap_or(0);
+        let counters = reconcile::total(&devices);
+        let total = |name: &str| counters.get(name).copied().unwrap_or_default();
+        let (to_device, from_device) = (total("to_device"), total("from_device"));
         Self {
             accelerator: Accelerator::Tcg,
             kernel: String::new(),
             qemu: String::new(),
-            seed: summary.seed,
+            seed: 0,
             pages_to_device: driver("pages_to_device"),
             pages_to_system: driver("pages_to_system")
                 + driver("pages_faulted")
@@ -241,24 +213,29 @@ impl Demo {
             cpu_faults: driver("cpu_faults"),
             holes_filled: driver("pages_filled"),
             skipped,
-            mismatches: summary.mismatches,
-            scenarios_passed: summary.passed,
-            scenarios_failed: summary.failed,
-            scenarios_skipped: summary.skipped,
-            bytes_per_second_to_device: rate(summary.to_device.bytes, summary.to_device.ns),
-            bytes_per_second_to_system: rate(summary.to_system.bytes, summary.to_system.ns),
-            fault_p50_ns: summary.fault_latency_ns.p50,
-            fault_p99_ns: summary.fault_latency_ns.p99,
+            mismatches: sum(|summary| summary.mismatches),
+            scenarios_passed: sum(|summary| summary.passed),
+            scenarios_failed: sum(|summary| summary.failed),
+            scenarios_skipped: sum(|summary| summary.skipped),
+            bytes_per_second_to_device: rate(
+                sum(|summary| summary.to_device.bytes),
+                sum(|summary| summary.to_device.ns),
+            ),
+            bytes_per_second_to_system: rate(
+                sum(|summary| summary.to_system.bytes),
+                sum(|summary| summary.to_system.ns),
+            ),
+            fault_p50_ns: most(|summary| summary.fault_latency_ns.p50),
+            fault_p99_ns: most(|summary| summary.fault_latency_ns.p99),
             guest_bytes_to_device: to_device.guest.bytes,
             host_bytes_to_device: to_device.host.bytes,
             guest_bytes_to_system: from_device.guest.bytes,
             host_bytes_to_system: from_device.host.bytes,
-            // Two sides that both counted nothing agree about nothing.
-            reconciled: counters.values().all(|sides| sides.guest == sides.host)
-                && to_device.host.frames > 0,
+            reconciled: devices.iter().all(|device| device.reconciled),
             counters,
+            devices,
             boot_seconds: 0.0,
-            stress_seconds: summary.seconds,
+            stress_seconds: summaries.iter().map(|summary| summary.seconds).sum(),
             seconds: 0.0,
         }
     }
@@ -298,23 +275,11 @@ impl Demo {
             "CPU fault, 99th percentile",
             microseconds(self.fault_p99_ns),
         );
-        let _ = writeln!(text, "\n{:<18}{:>16}{:>16}", "", "guest", "host");
-        for (name, sides) in &self.counters {
-            let name = name.replace('_', " ");
-            for (what, guest, host) in [
-                ("requests", sides.guest.requests, sides.host.requests),
-                ("frames", sides.guest.frames, sides.host.frames),
-                ("bytes", sides.guest.bytes, sides.host.bytes),
-            ] {
-                let sign = if guest == host { "" } else { "  differs" };
-                let _ = writeln!(
-                    text,
-                    "{:<20}{:>16}{:>16}{sign}",
-                    format!("{name} {what}"),
-                    grouped(guest),
-                    grouped(host)
-                );
+        for device in &self.devices {
+            if self.devices.len() > 1 {
+                let _ = write!(text, "\n{}", device.device);
             }
+            let _ = write!(text, "\n{}", reconcile::table(&device.counters));
         }
         let _ = writeln!(
             text,
@@ -343,35 +308,6 @@ impl Demo {
     }
 }
 
-/// What driver and daemon counted of copies to the device, back, and fills.
-#[must_use]
-pub fn sides(summary: &Summary, host: &Counters) -> [Sides; 3] {
-    [
-        ("to_device", host.to_device),
-        ("from_device", host.from_device),
-        ("fill", host.fill),
-    ]
-    .map(|(name, operation)| {
-        let driver = |what: &str| driver_counter(summary, &format!("{name}_{what}"));
-        Sides {
-            guest: Amounts {
-                requests: driver("requests"),
-                frames: driver("frames"),
-                bytes: driver("bytes"),
-            },
-            host: operation.into(),
-        }
-    })
-}
-
-fn driver_counter(summary: &Summary, name: &str) -> u64 {
-    summary
-        .driver
-        .get(name)
-        .and_then(|&value| u64::try_from(value).ok())
-        .unwrap_or(0)
-}
-
 fn rate(bytes: u64, ns: u64) -> u64 {
     let per_second = u128::from(bytes) * Duration::from_secs(1).as_nanos();
     per_second
@@ -388,49 +324,21 @@ fn microseconds(ns: u64) -> String {
     format!("{}.{} µs", ns / 1000, ns % 1000 / 100)
 }
 
-/// 1234567 as 1,234,567.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (at, digit) in digits.char_indices() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reconcile::tests::agreeing;
     use hmm_stress::report::{Latency, Transfer};
 
-    fn agreeing() -> (Summary, Counters) {
-        let one = Operation {
-            requests: 3,
-            frames: 1000,
-            bytes: 1000 * 4096,
-            errors: 0,
-        };
-        let host = Counters {
-            to_device: one,
-            from_device: one,
-            fill: one,
-        };
-        let mut driver = BTreeMap::from([
+    fn summary() -> Summary {
+        let driver = BTreeMap::from([
             ("pages_to_device".to_owned(), 1000),
             ("pages_to_system".to_owned(), 600),
             ("pages_faulted".to_owned(), 400),
             ("skipped_busy".to_owned(), 5),
             ("skipped_pinned".to_owned(), 0),
         ]);
-        for name in ["to_device", "from_device", "fill"] {
-            driver.insert(format!("{name}_requests"), 3);
-            driver.insert(format!("{name}_frames"), 1000);
-            driver.insert(format!("{name}_bytes"), 1000 * 4096);
-        }
-        let summary = Summary {
+        Summary {
             seed: 7,
             seconds: 1.5,
             passed: 4,
@@ -450,14 +358,18 @@ mod tests {
             to_system: Transfer::default(),
             driver,
             device: BTreeMap::new(),
-        };
-        (summary, host)
+        }
+    }
+
+    fn devices(count: usize) -> Vec<reconcile::Device> {
+        let (guest, host) = agreeing();
+        let one = reconcile::devices(&guest, &[Some(host)]);
+        one.into_iter().cycle().take(count).collect()
     }
 
     #[test]
-    fn sides_that_agree_reconcile() {
-        let (summary, host) = agreeing();
-        let demo = Demo::new(&summary, &host);
+    fn figures_are_taken_from_the_stress() {
+        let demo = Demo::new(&[summary()], devices(1));
         assert!(demo.reconciled && demo.passed());
         assert_eq!(demo.pages_to_system, 1000);
         assert_eq!(demo.bytes_per_second_to_device, 409_600_000);
@@ -468,48 +380,34 @@ mod tests {
             table.contains("409 MB/s") && table.contains("12.3 µs"),
             "{table}"
         );
-        assert!(!table.contains("differs"), "{table}");
+        assert!(!table.contains("hmm0"), "{table}");
     }
 
     #[test]
-    fn one_frame_of_difference_is_found_and_shown() {
-        let (summary, mut host) = agreeing();
-        host.fill.frames += 1;
-        let demo = Demo::new(&summary, &host);
-        assert!(!demo.reconciled && !demo.passed());
-        let table = demo.table();
-        assert!(
-            table.contains("differs") && table.contains("DO NOT RECONCILE"),
-            "{table}"
-        );
+    fn several_devices_are_added_up_and_shown_one_by_one() {
+        let demo = Demo::new(&[summary(), summary()], devices(2));
+        assert!(demo.passed());
+        assert_eq!(demo.pages_to_device, 2000);
+        assert_eq!(demo.scenarios_passed, 8);
+        assert_eq!(demo.guest_bytes_to_device, 2 * 1000 * 4096);
+        assert_eq!(demo.table().matches("hmm0").count(), 2);
     }
 
     #[test]
-    fn a_stress_that_moved_nothing_does_not_reconcile() {
-        let (mut summary, _) = agreeing();
-        summary.driver.clear();
-        assert!(!Demo::new(&summary, &Counters::default()).reconciled);
+    fn one_device_that_does_not_reconcile_fails() {
+        let mut devices = devices(2);
+        devices[1].reconciled = false;
+        let demo = Demo::new(&[summary()], devices);
+        assert!(!demo.passed() && demo.table().contains("DO NOT RECONCILE"));
     }
 
     #[test]
     fn mismatches_and_failures_do_not_pass() {
-        let (mut summary, host) = agreeing();
+        let mut summary = summary();
         summary.mismatches = 1;
-        assert!(!Demo::new(&summary, &host).passed());
+        assert!(!Demo::new(&[summary.clone()], devices(1)).passed());
         summary.mismatches = 0;
         summary.failed = 1;
-        assert!(!Demo::new(&summary, &host).passed());
-    }
-
-    #[test]
-    fn numbers_are_grouped_by_three() {
-        for (number, text) in [
-            (0, "0"),
-            (999, "999"),
-            (1000, "1,000"),
-            (1_234_567, "1,234,567"),
-        ] {
-            assert_eq!(grouped(number), text);
-        }
+        assert!(!Demo::new(&[summary], devices(1)).passed());
     }
 }

@@ -85,6 +85,12 @@ pub enum Error {
     Stress(End),
     #[error("the device daemon's control socket answered: {0}")]
     Control(String),
+    #[error("QEMU's monitor does not answer")]
+    Monitor(#[source] io::Error),
+    #[error("QEMU refuses {command}: {reason}")]
+    Refused { command: String, reason: String },
+    #[error("the guest does not let go of the device")]
+    StillPlugged(#[source] io::Error),
     #[error("ended by signal {0}")]
     Interrupted(i32),
     /// Anything that happened once the machine was to start.

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use hmm_init::{ORDER_PATH, Order};
+use hmm_init::{ACTION_COMMAND, ORDER_PATH, Order};
 use serde::Deserialize;
 
 use crate::build::{INIT, Programs};
@@ -66,6 +66,8 @@ pub fn write(
         }
     }
     cpio.copy("init", &programs.path(INIT))?;
+    cpio.link(&format!("bin/{ACTION_COMMAND}"), "../init")
+        .map_err(failed)?;
     cpio.copy("bin/busybox", busybox)?;
     for applet in &recipe.applets {
         cpio.link(&format!("bin/{applet}"), "busybox")

@@ -2,11 +2,13 @@
 //! runs one program in it and reports how that ended.
 
 pub mod accelerator;
+mod actions;
 pub mod apt;
 pub mod build;
 pub mod console;
 pub mod daemon;
 pub mod demo;
+mod devices;
 pub mod doctor;
 pub mod error;
 mod host;
@@ -17,6 +19,8 @@ pub mod paths;
 pub mod prepare;
 pub mod process;
 pub mod profile;
+mod qmp;
+pub mod reconcile;
 pub mod report;
 pub mod root;
 pub mod run;

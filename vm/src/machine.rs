@@ -1,12 +1,15 @@
 //! The QEMU command line of one run.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use hmm_init::{ACTION_PORT, PORT};
+use serde_json::{Map, Value};
 
 use crate::accelerator::Accelerator;
 use crate::kernel::Kernel;
-use crate::profile::Profile;
+use crate::profile::{Device, Profile};
 use crate::toolbox::Toolbox;
 use crate::units::Size;
 
@@ -26,6 +29,10 @@ pub struct RunFiles {
     pub results: PathBuf,
     /// Socket of the serial console, for an interactive run; the tool listens on it.
     pub terminal: PathBuf,
+    /// Socket of QEMU's monitor; the tool listens on it.
+    pub monitor: PathBuf,
+    /// Socket of the port for what the guest has the host do; the tool listens on it.
+    pub actions: PathBuf,
     /// Socket of QEMU's gdb stub.
     pub gdb: PathBuf,
     /// Log of the serial console.
@@ -43,8 +50,8 @@ pub struct Machine<'a> {
     pub profile: &'a Profile,
     /// What it runs on.
     pub accelerator: Accelerator,
-    /// Socket of the device daemon; no device without one.
-    pub device: Option<PathBuf>,
+    /// Sockets of the device daemons, one for each device.
+    pub devices: Vec<PathBuf>,
     /// Whether the console is for a person.
     pub interactive: bool,
     /// Whether to wait for a debugger.
@@ -122,31 +129,38 @@ impl Machine<'_> {
             .args(["-serial", "chardev:console"]);
         command
             .arg("-chardev")
-            .arg(joined([
-                "socket,id=results,path=",
-                &escaped(&files.results),
-            ]))
-            .args(["-device", "virtio-serial-pci"])
-            .args([
-                "-device",
-                &format!("virtserialport,chardev=results,name={}", hmm_init::PORT),
-            ]);
-
-        if let Some(socket) = &self.device {
+            .arg(socket("monitor", &files.monitor))
+            .args(["-mon", "chardev=monitor,mode=control"])
+            .args(["-device", "virtio-serial-pci"]);
+        for (id, path, name) in [
+            ("results", &files.results, PORT),
+            ("actions", &files.actions, ACTION_PORT),
+        ] {
             command
                 .arg("-chardev")
-                .arg(joined(["socket,id=hmm,path=", &escaped(socket)]))
+                .arg(socket(id, path))
+                .arg("-device")
+                .arg(format!("virtserialport,chardev={id},name={name}"));
+        }
+
+        for (slot, path) in (0..).zip(&self.devices) {
+            let properties = device_properties(slot, &profile.device);
+            let properties: Vec<String> = properties
+                .iter()
+                .map(|(name, value)| match value {
+                    Value::String(text) => format!("{name}={text}"),
+                    other => format!("{name}={other}"),
+                })
+                .collect();
+            let port = port_id(slot);
+            command
+                .arg("-chardev")
+                .arg(socket(&device_id(slot), path))
                 // Only behind a port of its own can the device be unplugged.
-                .args(["-device", "pcie-root-port,id=hmm-port,chassis=1"])
-                .args([
-                    "-device",
-                    &format!(
-                        "vhost-user-test-device-pci,bus=hmm-port,chardev=hmm,virtio-id={VIRTIO_ID},\
-                         num_vqs={},vq_size={},config_size={CONFIG_SIZE}",
-                        FIRST_COPY_QUEUE + profile.device.copy_queues,
-                        profile.device.queue_size
-                    ),
-                ]);
+                .arg("-device")
+                .arg(format!("pcie-root-port,id={port},chassis={}", slot + 1))
+                .arg("-device")
+                .arg(properties.join(","));
         }
         if self.gdb {
             let socket = joined(["unix:", &escaped(&files.gdb), ",server=on,wait=off"]);
@@ -156,8 +170,37 @@ impl Machine<'_> {
     }
 }
 
+/// QEMU's name of the device in a slot, and of the character device that leads to its daemon.
+pub(crate) fn device_id(slot: u32) -> String {
+    format!("hmm{slot}")
+}
+
+fn port_id(slot: u32) -> String {
+    format!("hmm-port{slot}")
+}
+
+/// What QEMU makes a device of, on its command line and in its monitor.
+pub(crate) fn device_properties(slot: u32, settings: &Device) -> Map<String, Value> {
+    let mut properties = Map::new();
+    let mut set = |name: &str, value: Value| properties.insert(name.to_owned(), value);
+    set("driver", "vhost-user-test-device-pci".into());
+    set("id", device_id(slot).into());
+    set("bus", port_id(slot).into());
+    set("chardev", device_id(slot).into());
+    set("virtio-id", VIRTIO_ID.into());
+    let queues = FIRST_COPY_QUEUE + settings.copy_queues;
+    set("num_vqs", queues.into());
+    set("vq_size", settings.queue_size.into());
+    set("config_size", CONFIG_SIZE.into());
+    properties
+}
+
+fn socket(id: &str, path: &Path) -> OsString {
+    joined(["socket,id=", id, ",path=", &escaped(path)])
+}
+
 /// A path as a value in QEMU's options, where a comma is written twice.
-fn escaped(path: &std::path::Path) -> String {
+fn escaped(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
 

@@ -13,6 +13,7 @@ use crate::accelerator::{Accelerator, Choice, kvm_failure};
 use crate::apt::MIRROR_VARIABLE;
 use crate::build::{self, Programs};
 use crate::daemon::Sockets;
+use crate::devices::own_sockets;
 use crate::error::{EXIT_TIMEOUT, Error, FileContext, Result};
 use crate::initramfs::{self, MODULE_PATH};
 use crate::kernel::{self, KERNEL_VARIABLE, Kernel};
@@ -21,15 +22,13 @@ use crate::paths::{Cache, remove_all};
 use crate::process::shell_line;
 use crate::profile::Profile;
 use crate::report::Report;
-use crate::run::{DeviceAt, Finished, Limits, Run, own_sockets, run_files, scratch_directory};
+use crate::run::{DeviceAt, Finished, Limits, Run, run_files, scratch_directory};
 use crate::terminal;
 use crate::toolbox::{self, TOOLBOX_VARIABLE, Toolbox};
 use crate::units::{Size, parse_duration};
 
 /// Variable that sets what the machine runs on, as `--accel` does.
 pub const ACCELERATOR_VARIABLE: &str = "VIRTIO_HMM_ACCEL";
-/// Device node that the driver makes for the machine's one device.
-const DEVICE_NODE: &str = "/dev/hmm0";
 /// Runs whose logs are kept.
 const KEPT_LOGS: usize = 50;
 /// The probe guest does nothing but boot.
@@ -56,7 +55,10 @@ pub struct MachineOptions {
     /// Guest memory, such as 1G
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<Size>,
-    /// Device memory, such as 256M
+    /// Devices, each with a daemon and memory of its own
+    #[arg(long, value_name = "N", conflicts_with_all = ["no_device", "device_socket"])]
+    pub devices: Option<u32>,
+    /// Memory of each device, such as 256M
     #[arg(long, value_name = "SIZE")]
     pub device_memory: Option<Size>,
     /// Copy queues of the device
@@ -109,6 +111,10 @@ impl MachineOptions {
         let mut profile = Profile::load(&self.profile)?;
         profile.cpus = self.cpus.unwrap_or(profile.cpus);
         profile.memory = self.memory.unwrap_or(profile.memory);
+        profile.device.count = match self.device_socket {
+            Some(_) => 1,
+            None => self.devices.unwrap_or(profile.device.count),
+        };
         profile.device.memory = self.device_memory.unwrap_or(profile.device.memory);
         profile.device.copy_queues = self.copy_queues.unwrap_or(profile.device.copy_queues);
         profile.device.inject.extend(self.inject.iter().cloned());
@@ -312,7 +318,9 @@ impl Prepared {
             driver: driver.then(|| Driver {
                 path: MODULE_PATH.into(),
                 parameters: self.profile.driver.parameters.clone(),
-                node: DEVICE_NODE.into(),
+                nodes: (0..self.profile.device.count)
+                    .map(|number| format!("/dev/hmm{number}"))
+                    .collect(),
             }),
             terminal: job.interactive.then(terminal::size),
         };
@@ -331,7 +339,7 @@ impl Prepared {
                 kernel: &self.kernel,
                 profile: &self.profile,
                 accelerator,
-                device: None,
+                devices: Vec::new(),
                 interactive: job.interactive,
                 gdb: self.options.gdb,
             },
@@ -385,20 +393,18 @@ pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
     let scratch = std::env::temp_dir().join("virtio-hmm-XXXXXX");
     let logs = cache.logs().join("XXXXXX");
     let mut text = String::new();
-    let sockets = match (&options.device_socket, &options.control_socket) {
-        (Some(device), Some(control)) => Sockets {
-            device: device.clone(),
-            control: control.clone(),
-        },
-        _ if options.no_device => own_sockets(&scratch),
-        _ => {
-            let sockets = own_sockets(&scratch);
-            let daemon = Programs::locate()?.daemon();
+    let mut devices = Vec::new();
+    if let Some(socket) = &options.device_socket {
+        devices.push(socket.clone());
+    } else if !options.no_device {
+        let daemon = Programs::locate()?.daemon();
+        for slot in 0..profile.device.count {
+            let sockets = own_sockets(&scratch, slot);
             let command = crate::daemon::command(&daemon, &profile.device, &sockets);
-            text = shell_line(&command) + "\n";
-            sockets
+            text += &(shell_line(&command) + "\n");
+            devices.push(sockets.device);
         }
-    };
+    }
     let kvm = matches!(
         crate::accelerator::remembered_kvm(&cache, &toolbox.identity()),
         Some(None)
@@ -412,7 +418,7 @@ pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
             Choice::Auto if kvm => Accelerator::Kvm,
             Choice::Auto | Choice::Tcg => Accelerator::Tcg,
         },
-        device: (!options.no_device).then_some(sockets.device),
+        devices,
         interactive,
         gdb: options.gdb,
     };

@@ -113,6 +113,13 @@ impl Guarded {
         self.child.try_wait().ok().flatten()
     }
 
+    /// Sends it a signal, unless it has ended.
+    pub(crate) fn signal(&self, signal: Signal) {
+        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
+            let _ = kill_process(pid, signal);
+        }
+    }
+
     fn ends_within(&mut self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         while self.ended().is_none() {
@@ -130,9 +137,7 @@ impl Drop for Guarded {
         if self.ended().is_some() {
             return;
         }
-        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
-            let _ = kill_process(pid, Signal::TERM);
-        }
+        self.signal(Signal::TERM);
         if !self.ends_within(self.patience) {
             let _ = self.child.kill();
             let _ = self.child.wait();

@@ -47,7 +47,10 @@ pub struct Cpu {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Device {
-    /// Device memory.
+    /// How many devices there are, each with a daemon of its own.
+    #[serde(default = "one")]
+    pub count: u32,
+    /// Memory of a device.
     pub memory: Size,
     /// Copy queues, 1 to 16.
     pub copy_queues: u32,
@@ -135,6 +138,9 @@ impl Profile {
                 "{} CPUs and {} of guest memory do not divide into {nodes} NUMA nodes",
                 self.cpus, self.memory
             ));
+        }
+        if !(1..=8).contains(&self.device.count) {
+            return fail(format!("{} devices: use 1 to 8", self.device.count));
         }
         if !(1..=16).contains(&self.device.copy_queues) {
             return fail(format!(
@@ -243,6 +249,7 @@ mod tests {
             ("cpus = 2", "cpus = 0"),
             ("cpus = 2", "cpus = 2\nnodes = 3"),
             ("memory = \"1G\"", "memory = \"1M\""),
+            ("copy_queues = 2", "copy_queues = 2\ncount = 9"),
             ("copy_queues = 2", "copy_queues = 17"),
             ("queue_size = 1024", "queue_size = 1000"),
         ] {

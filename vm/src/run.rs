@@ -6,9 +6,9 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,10 @@ use hmm_init::{Bytes, Event, Input, Stream, receive, send};
 use rustix::process::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use crate::actions::{Host, lock};
 use crate::console::Follower;
-use crate::daemon::{self, Counters, Sockets};
+use crate::daemon::{Counters, Sockets};
+use crate::devices::Devices;
 use crate::error::{Error, FileContext, Result};
 use crate::machine::{Machine, RunFiles};
 use crate::process::{Guarded, describe, tail};
@@ -35,7 +37,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub enum DeviceAt {
     /// No device at all.
     Nowhere,
-    /// In a daemon that the run starts and ends.
+    /// In daemons that the run starts and ends, as many as the profile says.
     Own(PathBuf),
     /// In a daemon of the user's, which goes on afterwards.
     Others(Sockets),
@@ -82,14 +84,14 @@ pub struct Finished {
     pub kernel: String,
     /// From QEMU's start to the guest's first line.
     pub boot: Duration,
-    /// The daemon's counters after the guest has gone; `None` without a device, or if it died.
-    pub counters: Option<Counters>,
+    /// The daemons' counters after the guest has gone, for each device; `None` if it is gone.
+    pub counters: Vec<Option<Counters>>,
 }
 
 /// What a run is made of.
 #[derive(Debug)]
 pub struct Run<'a> {
-    /// The machine; its `device` is filled in from `device` here.
+    /// The machine; its `devices` are filled in from `device` here.
     pub machine: Machine<'a>,
     /// The device.
     pub device: DeviceAt,
@@ -120,17 +122,10 @@ pub fn run_files(scratch: &Path, logs: &Path) -> RunFiles {
         initramfs: scratch.join("initramfs"),
         results: scratch.join("results"),
         terminal: scratch.join("console"),
+        monitor: scratch.join("monitor"),
+        actions: scratch.join("actions"),
         gdb: scratch.join("gdb"),
         console_log: logs.join("console.log"),
-    }
-}
-
-/// Names the sockets of a run's own daemon.
-#[must_use]
-pub fn own_sockets(scratch: &Path) -> Sockets {
-    Sockets {
-        device: scratch.join("device"),
-        control: scratch.join("control"),
     }
 }
 
@@ -146,22 +141,18 @@ impl Run<'_> {
     ) -> Result<Finished> {
         let signals = Signals::register()?;
         let files = run_files(scratch, self.logs);
-        let listener = UnixListener::bind(&files.results).at("listen on", &files.results)?;
-
-        let daemon_log = self.logs.join("daemon.log");
-        let (mut daemon, sockets) = match &self.device {
-            DeviceAt::Nowhere => (None, None),
-            DeviceAt::Own(program) => {
-                let sockets = own_sockets(scratch);
-                let device = &self.machine.profile.device;
-                (
-                    Some(daemon::start(program, device, &sockets, &daemon_log)?),
-                    Some(sockets),
-                )
-            }
-            DeviceAt::Others(sockets) => (None, Some(sockets.clone())),
+        let bind = |socket: &Path| UnixListener::bind(socket).at("listen on", socket);
+        let results = bind(&files.results)?;
+        let settings = self.machine.profile.device.clone();
+        let devices = Devices::start(&self.device, &settings, scratch, self.logs)?;
+        self.machine.devices = devices.sockets();
+        let devices = Arc::new(Mutex::new(devices));
+        let host = Host {
+            monitor: bind(&files.monitor)?,
+            port: bind(&files.actions)?,
+            devices: Arc::downgrade(&devices),
+            settings,
         };
-        self.machine.device = sockets.as_ref().map(|sockets| sockets.device.clone());
 
         fs::write(&files.console_log, "").at("write", &files.console_log)?;
         let qemu_log = self.logs.join("qemu.log");
@@ -170,12 +161,8 @@ impl Run<'_> {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(fs::File::create(&qemu_log).at("create", &qemu_log)?);
-        let terminal = if self.machine.interactive {
-            let socket = &files.terminal;
-            Some(UnixListener::bind(socket).at("listen on", socket)?)
-        } else {
-            None
-        };
+        let interactive = self.machine.interactive;
+        let terminal = interactive.then(|| bind(&files.terminal)).transpose()?;
         let started = Instant::now();
         let mut qemu = Guarded::start(&mut command, Signal::KILL, Duration::from_secs(2))?;
         if self.machine.gdb {
@@ -186,7 +173,8 @@ impl Run<'_> {
         }
         let (to_self, guest) = mpsc::channel();
         let forward_input = self.forward_input;
-        thread::spawn(move || read_guest(&listener, forward_input, &to_self));
+        thread::spawn(move || read_guest(&results, forward_input, &to_self));
+        host.start();
         let terminal = terminal.map(terminal::Session::start).transpose()?;
 
         let mut watch = Watch {
@@ -197,17 +185,11 @@ impl Run<'_> {
             signals,
             guest,
         };
-        let finished = watch.follow(&mut qemu, &mut daemon, &qemu_log, terminal.as_ref(), output);
+        let finished = watch.follow(&mut qemu, &devices, &qemu_log, terminal.as_ref(), output);
         drop(terminal);
         drop(qemu);
         let mut finished = finished?;
-        if let Some(sockets) = &sockets
-            && daemon
-                .as_mut()
-                .is_none_or(|daemon| daemon.ended().is_none())
-        {
-            finished.counters = Some(daemon::counters(&sockets.control)?);
-        }
+        finished.counters = lock(&devices).counters()?;
         Ok(finished)
     }
 }
@@ -250,7 +232,7 @@ impl Watch {
     fn follow(
         &mut self,
         qemu: &mut Guarded,
-        daemon: &mut Option<Guarded>,
+        devices: &Mutex<Devices>,
         qemu_log: &Path,
         terminal: Option<&terminal::Session>,
         output: &mut dyn FnMut(Stream, &[u8]) -> io::Result<()>,
@@ -322,7 +304,7 @@ impl Watch {
                         end,
                         kernel,
                         boot,
-                        counters: None,
+                        counters: Vec::new(),
                     }),
                     None => Err(Error::PoweredOff),
                 };
@@ -332,11 +314,11 @@ impl Watch {
                     end: End::Status(0),
                     kernel,
                     boot,
-                    counters: None,
+                    counters: Vec::new(),
                 });
             }
-            if let Some(status) = daemon.as_mut().and_then(Guarded::ended)
-                && !self.limits.device_may_die
+            if !self.limits.device_may_die
+                && let Some(status) = lock(devices).died()
             {
                 return Err(Error::DaemonDied(describe(status)));
             }

@@ -16,8 +16,8 @@ use hmm_hold::HELD;
 use hmm_stress::report::{Case, Line, Summary, Verdict};
 use hmm_vm::build::Programs;
 use hmm_vm::daemon::Counters;
-use hmm_vm::demo::sides;
 use hmm_vm::initramfs::MODULE_PATH;
+use hmm_vm::reconcile::sides;
 use hmm_vm::testing::MODULES_VARIABLE;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::process::{Signal, test_kill_process};
@@ -625,11 +625,17 @@ fn reconciles(shared: &Shared) -> Result {
     if let Some(failure) = &shared.failure {
         return Err(Failure(failure.clone()));
     }
-    let sides = sides(&shared.summary, &shared.host);
-    check(sides.iter().all(|sides| sides.guest == sides.host), || {
-        format!("{sides:#?}")
-    })?;
-    check(sides.iter().all(|sides| sides.host.frames > 0), || {
-        format!("{sides:#?}")
-    })
+    let driver = |name: &str| {
+        let change = shared.summary.driver.get(name).copied();
+        change
+            .and_then(|change| u64::try_from(change).ok())
+            .unwrap_or(0)
+    };
+    let sides = sides(driver, &shared.host);
+    check(
+        sides
+            .values()
+            .all(|sides| sides.guest == sides.host && sides.host.frames > 0),
+        || format!("{sides:#?}"),
+    )
 }

@@ -1,17 +1,20 @@
 //! First program of the guest.
 
+mod action;
+
+use std::env;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hmm_init::{
-    ALIVE_SECONDS, Bytes, Driver, Event, Input, ORDER_PATH, Order, PORT, Stream, Terminal, receive,
-    send,
+    ACTION_COMMAND, ALIVE_SECONDS, Bytes, Driver, Event, Input, ORDER_PATH, Order, PORT, Stream,
+    Terminal, receive, send,
 };
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{Pid, WaitOptions};
@@ -30,8 +33,8 @@ enum Error {
     Mount(&'static str, #[source] rustix::io::Errno),
     #[error("cannot read {0}")]
     Read(&'static str, #[source] io::Error),
-    #[error("no virtio port named {PORT}")]
-    NoPort,
+    #[error("no virtio port named {0}")]
+    NoPort(&'static str),
     #[error("cannot load {0}")]
     Load(String, #[source] io::Error),
     #[error("the driver is loaded but {0} does not appear")]
@@ -46,13 +49,19 @@ enum Error {
     Port(#[source] io::Error),
 }
 
-fn main() {
+fn main() -> ExitCode {
+    let mut words = env::args();
+    let name = words.next().unwrap_or_default();
+    if Path::new(&name).file_name() == Some(ACTION_COMMAND.as_ref()) {
+        return action::ask(&words.collect::<Vec<_>>());
+    }
     if let Err(error) = guest() {
         // The console is the last way to the host.
         eprintln!("hmm-init: {}", with_sources(&error));
     }
     // Pages of the file systems are in memory only, there is nothing to sync.
     let _ = reboot(RebootCommand::PowerOff);
+    ExitCode::FAILURE
 }
 
 fn with_sources(error: &dyn std::error::Error) -> String {
@@ -86,7 +95,7 @@ fn guest() -> Result<(), Error> {
     // The boot was quiet to be quick; from here on the host reads the log.
     let _ = fs::write("/proc/sys/kernel/printk", "8");
 
-    let port = open_port()?;
+    let port = open_port(PORT)?;
     let mut to_host = port.try_clone().map_err(Error::Port)?;
     let (input, from_host) = mpsc::sync_channel(1);
     let (told, host_knows) = mpsc::channel::<()>();
@@ -201,7 +210,7 @@ fn boot_event() -> Result<Event, Error> {
     })
 }
 
-fn open_port() -> Result<File, Error> {
+fn open_port(wanted: &'static str) -> Result<File, Error> {
     let deadline = Instant::now() + DEVICE_WAIT;
     while Instant::now() < deadline {
         for entry in fs::read_dir("/sys/class/virtio-ports")
@@ -210,7 +219,7 @@ fn open_port() -> Result<File, Error> {
             .flatten()
         {
             let name = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
-            if name.trim_end() == PORT {
+            if name.trim_end() == wanted {
                 return OpenOptions::new()
                     .read(true)
                     .write(true)
@@ -220,7 +229,7 @@ fn open_port() -> Result<File, Error> {
         }
         thread::sleep(Duration::from_millis(5));
     }
-    Err(Error::NoPort)
+    Err(Error::NoPort(wanted))
 }
 
 fn load(driver: &Driver) -> Result<(), Error> {
@@ -230,11 +239,13 @@ fn load(driver: &Driver) -> Result<(), Error> {
         .map_err(|source| failed(io::Error::new(io::ErrorKind::InvalidInput, source)))?;
     finit_module(file, &parameters, 0).map_err(|errno| failed(errno.into()))?;
     let deadline = Instant::now() + DEVICE_WAIT;
-    while !Path::new(&driver.node).exists() {
-        if Instant::now() > deadline {
-            return Err(Error::NoDevice(driver.node.clone()));
+    for node in &driver.nodes {
+        while !Path::new(node).exists() {
+            if Instant::now() > deadline {
+                return Err(Error::NoDevice(node.clone()));
+            }
+            thread::sleep(Duration::from_millis(2));
         }
-        thread::sleep(Duration::from_millis(2));
     }
     Ok(())
 }

@@ -12,6 +12,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Name of the virtio-serial port that carries [`Event`] and [`Input`] lines.
 pub const PORT: &str = "org.virtio-hmm.results";
+/// Name of the port that carries [`Request`] and [`Answer`] lines.
+pub const ACTION_PORT: &str = "org.virtio-hmm.actions";
+/// Name under which the guest's first program asks the host for an [`Action`].
+pub const ACTION_COMMAND: &str = "hmm-host";
 /// Where the guest finds its [`Order`].
 pub const ORDER_PATH: &str = "/etc/hmm-run.json";
 /// Seconds between two [`Event::Alive`].
@@ -38,8 +42,8 @@ pub struct Driver {
     pub path: String,
     /// Parameters, as `insmod` takes them.
     pub parameters: String,
-    /// Device node that shows that the driver has found its device.
-    pub node: String,
+    /// Device nodes that show that the driver has found its devices.
+    pub nodes: Vec<String>,
 }
 
 /// Size of the user's terminal, in characters.
@@ -124,6 +128,80 @@ pub struct Input {
     pub data: Bytes,
 }
 
+/// What a program in the guest can have the host do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// Unplug a device, and wait until the guest has let go of it.
+    Unplug {
+        /// Its slot, from 0.
+        device: u32,
+    },
+    /// Plug a new device into a free slot.
+    Plug {
+        /// The slot.
+        device: u32,
+    },
+    /// Kill the daemon of a device.
+    Kill {
+        /// Its slot.
+        device: u32,
+    },
+    /// Stop the daemon of a device for a time.
+    Pause {
+        /// Its slot.
+        device: u32,
+        /// How long.
+        seconds: u32,
+    },
+    /// Wake the machine up once it is suspended.
+    Wake,
+}
+
+impl Action {
+    /// What the words of the command say; `None` if they say nothing.
+    #[must_use]
+    pub fn parse(words: &[String]) -> Option<Self> {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let number = |text: &str| text.parse().ok();
+        Some(match words.as_slice() {
+            ["unplug", device] => Self::Unplug {
+                device: number(device)?,
+            },
+            ["plug", device] => Self::Plug {
+                device: number(device)?,
+            },
+            ["kill", device] => Self::Kill {
+                device: number(device)?,
+            },
+            ["pause", device, seconds] => Self::Pause {
+                device: number(device)?,
+                seconds: number(seconds)?,
+            },
+            ["wake"] => Self::Wake,
+            _ => return None,
+        })
+    }
+}
+
+/// Guest to host: do this.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Comes back with the answer: whoever asked before may not have waited for his.
+    pub id: u32,
+    /// What to do.
+    pub action: Action,
+}
+
+/// Host to guest: it is done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// Of the request.
+    pub id: u32,
+    /// Why it is not.
+    pub error: Option<String>,
+}
+
 /// Writes one message as a line.
 ///
 /// # Errors
@@ -171,6 +249,26 @@ mod tests {
     fn a_line_that_is_no_message_is_an_error() {
         assert!(receive::<Event>(&mut b"{\"event\":\"x\"}\n".as_slice()).is_err());
         assert!(receive::<Input>(&mut b"{\"data\":\"?\"}\n".as_slice()).is_err());
+    }
+
+    #[test]
+    fn actions_are_read_from_words() {
+        let parse = |text: &str| {
+            let words: Vec<String> = text.split(' ').map(ToOwned::to_owned).collect();
+            Action::parse(&words)
+        };
+        assert_eq!(parse("unplug 1"), Some(Action::Unplug { device: 1 }));
+        assert_eq!(
+            parse("pause 0 8"),
+            Some(Action::Pause {
+                device: 0,
+                seconds: 8
+            })
+        );
+        assert_eq!(parse("wake"), Some(Action::Wake));
+        for text in ["", "unplug", "unplug -1", "wake 1", "pause 0", "reboot"] {
+            assert_eq!(parse(text), None, "{text}");
+        }
     }
 
     #[test]
