@@ -24,6 +24,7 @@ pub mod reconcile;
 pub mod report;
 pub mod root;
 pub mod run;
+pub mod stress;
 mod terminal;
 pub mod testing;
 pub mod toolbox;

@@ -3,16 +3,19 @@
 use std::io::{IsTerminal, stdin, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use hmm_vm::apt::MIRROR_VARIABLE;
-use hmm_vm::demo::{self, Demo};
 use hmm_vm::error::with_sources;
 use hmm_vm::paths::{Cache, remove_all};
 use hmm_vm::prepare::{Job, MachineOptions, Prepared, dry_run, log_tail};
 use hmm_vm::run::pass_on;
+use hmm_vm::stress::{self, Wanted};
 use hmm_vm::toolbox::{self, TOOLBOX_VARIABLE};
-use hmm_vm::{Error, Result, doctor, testing};
+use hmm_vm::units::parse_duration;
+use hmm_vm::{Error, Result, demo, doctor, testing};
+use serde::Serialize;
 
 #[derive(Parser)]
 #[command(
@@ -55,6 +58,27 @@ enum Command {
         /// Repeat the stress of an earlier run
         #[arg(long)]
         seed: Option<u64>,
+        /// Print one JSON object on standard output
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stress the device for a long time with ever new seeds, and look what is left behind
+    #[command(
+        after_help = "Exit status: 0 only if every case passed, no page was wrong, the counters \
+        reconcile and nothing is left behind; 1 if not, 123 to 125 as for run."
+    )]
+    Stress {
+        #[command(flatten)]
+        machine: MachineOptions,
+        /// For how long; everything runs at least once
+        #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "10m")]
+        duration: Duration,
+        /// Seed of the first turn
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Take one turn only: a scenario, contract, neighbours or model
+        #[arg(long, value_name = "NAME")]
+        turn: Option<String>,
         /// Print one JSON object on standard output
         #[arg(long)]
         json: bool,
@@ -137,7 +161,29 @@ fn execute(command: Command) -> Result<u8> {
                 print!("{}", dry_run(&machine, false)?);
                 return Ok(0);
             }
-            show(&demo::run(&machine, seed)?, json)
+            let demo = demo::run(&machine, seed)?;
+            show(&demo, demo.table(), json)?;
+            Ok(u8::from(!demo.passed()))
+        }
+        Command::Stress {
+            machine,
+            duration,
+            seed,
+            turn,
+            json,
+        } => {
+            if machine.dry_run {
+                print!("{}", dry_run(&machine, false)?);
+                return Ok(0);
+            }
+            let wanted = Wanted {
+                duration,
+                seed,
+                turn: turn.as_deref(),
+            };
+            let stress = stress::run(&machine, wanted)?;
+            show(&stress, stress.table(), json)?;
+            Ok(stress.status)
         }
         Command::Test { machine } => Ok(u8::from(testing::run_all(&machine)?.failed > 0)),
         Command::Doctor { toolbox, mirror } => {
@@ -162,14 +208,14 @@ fn execute(command: Command) -> Result<u8> {
     }
 }
 
-fn show(demo: &Demo, json: bool) -> Result<u8> {
+fn show(result: &impl Serialize, table: String, json: bool) -> Result<()> {
     if json {
-        let text = serde_json::to_string(demo).map_err(std::io::Error::from);
+        let text = serde_json::to_string(result).map_err(std::io::Error::from);
         println!("{}", text.map_err(Error::Protocol)?);
     } else {
-        print!("{}", demo.table());
+        print!("{table}");
     }
-    Ok(u8::from(!demo.passed()))
+    Ok(())
 }
 
 /// Removes what the tool puts into its cache, and the cache if nothing else is in it.

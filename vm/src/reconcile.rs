@@ -103,7 +103,7 @@ pub fn sides(guest: impl Fn(&str) -> u64, host: &Counters) -> BTreeMap<&'static 
 }
 
 /// The driver's counters in the guest, by device.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Guest(BTreeMap<String, BTreeMap<String, u64>>);
 
 impl Guest {
