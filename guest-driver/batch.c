@@ -14,11 +14,11 @@
 /**
  * vhmm_batch_alloc() - allocate the working memory of a migration
  * @dev: the device
- * @fill: whether it goes to the device and so may have holes to fill
+ * @to_device: where it goes; the other way there are no holes to fill
  *
  * Return: the batch, or NULL.
  */
-struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool fill)
+struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool to_device)
 {
 	const unsigned int max = VHMM_BATCH_PAGES;
 	struct vhmm_batch *b;
@@ -28,13 +28,14 @@ struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool fill)
 	if (!b)
 		return NULL;
 	b->dev = dev;
+	b->counter = to_device ? VHMM_PAGES_TO_DEVICE : VHMM_PAGES_TO_SYSTEM;
 	words = kvmalloc_array(max, 4 * sizeof(*words) + sizeof(*b->outcome),
 			       GFP_KERNEL);
 	b->src = words;
 	b->copy = vhmm_request_alloc(dev, max, max, GFP_KERNEL);
-	if (fill)
+	if (to_device)
 		b->fill = vhmm_request_alloc(dev, max, max, GFP_KERNEL);
-	if (!words || !b->copy || (fill && !b->fill)) {
+	if (!words || !b->copy || (to_device && !b->fill)) {
 		vhmm_batch_free(b);
 		return NULL;
 	}
@@ -47,6 +48,9 @@ struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool fill)
 
 void vhmm_batch_free(struct vhmm_batch *b)
 {
+	if (b->evict)
+		vhmm_batch_free(b->evict);
+	kvfree(b->bounce);
 	vhmm_request_free(b->fill);
 	vhmm_request_free(b->copy);
 	kvfree(b->src);

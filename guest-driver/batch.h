@@ -9,6 +9,9 @@
 #include <linux/migrate.h>
 #include <linux/pagemap.h>
 
+#include "counters.h"
+
+struct vhmm_allocation;
 struct vhmm_device;
 struct vhmm_request;
 
@@ -38,6 +41,11 @@ enum vhmm_outcome {
  * @outcome: for each page, &enum vhmm_outcome
  * @copy: the copy request
  * @fill: the fill request, NULL when the batch only moves pages to RAM
+ * @counter: what pages that moved are counted as
+ * @allocation: where frames come from, in a batch that goes to the device
+ * @from_peer: it is about pages in the memory of other devices
+ * @bounce: the RAM they come through; NULL if there were none yet
+ * @evict: what to make room with; NULL if that was not needed yet
  *
  * Owned by one task. Reused from batch to batch, so that a long range is
  * migrated without allocating anything but pages.
@@ -51,7 +59,17 @@ struct vhmm_batch {
 	u8 *outcome;
 	struct vhmm_request *copy;
 	struct vhmm_request *fill;
+	enum vhmm_counter counter;
+	struct vhmm_allocation *allocation;
+	bool from_peer;
+	struct page **bounce;
+	struct vhmm_batch *evict;
 };
+
+static inline bool vhmm_to_device(const struct vhmm_batch *b)
+{
+	return b->fill;
+}
 
 /*
  * A large folio, or a hole as large, is the first of 512 entries and has
@@ -95,7 +113,7 @@ static inline unsigned long vhmm_ram_destination(struct folio *folio)
 	       (folio_test_large(folio) ? MIGRATE_PFN_COMPOUND : 0);
 }
 
-struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool fill);
+struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool to_device);
 void vhmm_batch_free(struct vhmm_batch *b);
 
 void vhmm_drop_destination(unsigned long *dst, unsigned long i);

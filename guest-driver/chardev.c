@@ -6,49 +6,36 @@
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
-#include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
 #include "batch.h"
+#include "context.h"
 #include "device.h"
-
-/**
- * struct vhmm_file - an open /dev/hmmN
- * @dev: the device, referenced
- * @mm: the address space that opened it, kept by mmgrab(): only compared
- */
-struct vhmm_file {
-	struct vhmm_device *dev;
-	struct mm_struct *mm;
-};
 
 static int vhmm_open(struct inode *inode, struct file *filp)
 {
 	/* misc_open() holds the lock that misc_deregister() takes. */
 	struct vhmm_device *dev =
 		container_of(filp->private_data, struct vhmm_device, misc);
-	struct vhmm_file *file;
+	struct vhmm_context *ctx;
 
-	file = kmalloc_obj(*file);
-	if (!file)
+	ctx = vhmm_context_alloc(dev, current->mm);
+	if (!ctx)
 		return -ENOMEM;
 	vhmm_device_get(dev);
-	file->dev = dev;
-	mmgrab(current->mm);
-	file->mm = current->mm;
-	filp->private_data = file;
+	filp->private_data = ctx;
 	return 0;
 }
 
 static int vhmm_release(struct inode *inode, struct file *filp)
 {
-	struct vhmm_file *file = filp->private_data;
+	struct vhmm_context *ctx = filp->private_data;
+	struct vhmm_device *dev = ctx->dev;
 
-	vhmm_device_put(file->dev);
-	mmdrop(file->mm);
-	kfree(file);
+	vhmm_context_put(ctx);
+	vhmm_device_put(dev);
 	return 0;
 }
 
@@ -79,14 +66,16 @@ static int vhmm_ioctl_info(struct vhmm_device *dev, void __user *argp)
 	return copy_to_user(argp, &info, sizeof(info)) ? -EFAULT : 0;
 }
 
-static int vhmm_ioctl_migrate(struct vhmm_device *dev, void __user *argp)
+static int vhmm_ioctl_migrate(struct vhmm_context *ctx, void __user *argp)
 {
 	struct virtio_hmm_migrate arg;
+	struct vhmm_device *dev = ctx->dev;
 	int ret;
 
 	if (copy_from_user(&arg, argp, sizeof(arg)))
 		return -EFAULT;
-	if (arg.flags || arg.direction > VIRTIO_HMM_TO_SYSTEM)
+	if (arg.flags & ~VIRTIO_HMM_MIGRATE_NO_EVICT ||
+	    arg.direction > VIRTIO_HMM_TO_SYSTEM)
 		return -EINVAL;
 	ret = vhmm_check_range(arg.start, arg.length);
 	if (ret)
@@ -96,10 +85,69 @@ static int vhmm_ioctl_migrate(struct vhmm_device *dev, void __user *argp)
 	arg.filled = 0;
 	memset(arg.skipped, 0, sizeof(arg.skipped));
 
-	ret = vhmm_migrate_range(dev, current->mm, &arg);
+	ret = vhmm_migrate_range(ctx, &arg);
+	while (ret == -EAGAIN) {
+		/* The system is going to sleep, and we with it: hold no lock. */
+		up_read(&dev->use);
+		ret = vhmm_wait_awake(dev);
+		down_read(&dev->use);
+		if (!ret)
+			ret = dev->gone ? -ENODEV : vhmm_migrate_range(ctx, &arg);
+	}
 	if (copy_to_user(argp, &arg, sizeof(arg)))
 		return -EFAULT;
 	return ret;
+}
+
+static int vhmm_ioctl_release(struct vhmm_context *ctx, void __user *argp)
+{
+	struct virtio_hmm_release arg;
+	int ret;
+
+	if (copy_from_user(&arg, argp, sizeof(arg)))
+		return -EFAULT;
+	if (arg.flags & ~VIRTIO_HMM_RELEASE_ALL || arg.reserved)
+		return -EINVAL;
+	arg.released = 0;
+	arg.remaining = 0;
+
+	if (arg.flags & VIRTIO_HMM_RELEASE_ALL) {
+		if (arg.start || arg.length)
+			return -EINVAL;
+		ret = vhmm_release_all(ctx, &arg);
+	} else {
+		ret = vhmm_check_range(arg.start, arg.length);
+		if (ret)
+			return ret;
+		ret = vhmm_release_range(ctx, &arg);
+	}
+	if (copy_to_user(argp, &arg, sizeof(arg)))
+		return -EFAULT;
+	return ret;
+}
+
+static int vhmm_ioctl_limit(struct vhmm_context *ctx, void __user *argp)
+{
+	struct vhmm_memory *mem = &ctx->dev->memory;
+	struct virtio_hmm_limit arg;
+
+	if (copy_from_user(&arg, argp, sizeof(arg)))
+		return -EFAULT;
+	if (arg.flags & ~VIRTIO_HMM_LIMIT_SET || arg.reserved)
+		return -EINVAL;
+	if (arg.flags & VIRTIO_HMM_LIMIT_SET && arg.bytes != U64_MAX &&
+	    !PAGE_ALIGNED(arg.bytes))
+		return -EINVAL;
+
+	spin_lock_irq(&mem->lock);
+	if (arg.flags & VIRTIO_HMM_LIMIT_SET)
+		ctx->limit = arg.bytes == U64_MAX ? ULONG_MAX :
+						    arg.bytes >> PAGE_SHIFT;
+	arg.bytes = ctx->limit == ULONG_MAX ? U64_MAX :
+					      (u64)ctx->limit << PAGE_SHIFT;
+	arg.used = (u64)ctx->nr_frames << PAGE_SHIFT;
+	spin_unlock_irq(&mem->lock);
+	return copy_to_user(argp, &arg, sizeof(arg)) ? -EFAULT : 0;
 }
 
 static int vhmm_ioctl_query(struct vhmm_device *dev, void __user *argp)
@@ -126,7 +174,7 @@ static int vhmm_ioctl_query(struct vhmm_device *dev, void __user *argp)
 
 		if (signal_pending(current) || mmap_read_lock_killable(current->mm))
 			return -EINTR;
-		vhmm_residency(dev, current->mm, addr, next, residency);
+		vhmm_residency(dev, current->mm, addr, next, residency, NULL);
 		mmap_read_unlock(current->mm);
 		/* Without the lock: the array may be what is asked about. */
 		if (copy_to_user(out, residency, nr))
@@ -138,26 +186,48 @@ static int vhmm_ioctl_query(struct vhmm_device *dev, void __user *argp)
 	return 0;
 }
 
+static int vhmm_ioctl_on_mm(struct vhmm_context *ctx, unsigned int cmd,
+			    void __user *argp)
+{
+	if (ctx->mm != current->mm)
+		return -EBADF;
+	switch (cmd) {
+	case VIRTIO_HMM_IOCTL_MIGRATE:
+		return vhmm_ioctl_migrate(ctx, argp);
+	case VIRTIO_HMM_IOCTL_QUERY:
+		return vhmm_ioctl_query(ctx->dev, argp);
+	case VIRTIO_HMM_IOCTL_RELEASE:
+		return vhmm_ioctl_release(ctx, argp);
+	default:
+		return vhmm_ioctl_limit(ctx, argp);
+	}
+}
+
 static long vhmm_ioctl(struct file *filp, unsigned int cmd, unsigned long arg)
 {
-	struct vhmm_file *file = filp->private_data;
-	struct vhmm_device *dev = file->dev;
+	struct vhmm_context *ctx = filp->private_data;
+	struct vhmm_device *dev = ctx->dev;
 	void __user *argp = (void __user *)arg;
 	long ret;
 
 	down_read(&dev->use);
-	if (dev->gone)
+	if (dev->gone) {
 		ret = -ENODEV;
-	else if (cmd == VIRTIO_HMM_IOCTL_INFO)
-		ret = vhmm_ioctl_info(dev, argp);
-	else if (cmd != VIRTIO_HMM_IOCTL_MIGRATE && cmd != VIRTIO_HMM_IOCTL_QUERY)
-		ret = -ENOTTY;
-	else if (file->mm != current->mm)
-		ret = -EBADF;
-	else if (cmd == VIRTIO_HMM_IOCTL_MIGRATE)
-		ret = vhmm_ioctl_migrate(dev, argp);
-	else
-		ret = vhmm_ioctl_query(dev, argp);
+	} else {
+		switch (cmd) {
+		case VIRTIO_HMM_IOCTL_INFO:
+			ret = vhmm_ioctl_info(dev, argp);
+			break;
+		case VIRTIO_HMM_IOCTL_MIGRATE:
+		case VIRTIO_HMM_IOCTL_QUERY:
+		case VIRTIO_HMM_IOCTL_RELEASE:
+		case VIRTIO_HMM_IOCTL_LIMIT:
+			ret = vhmm_ioctl_on_mm(ctx, cmd, argp);
+			break;
+		default:
+			ret = -ENOTTY;
+		}
+	}
 	up_read(&dev->use);
 	return ret;
 }

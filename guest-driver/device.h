@@ -10,6 +10,7 @@
 #include <linux/memremap.h>
 #include <linux/miscdevice.h>
 #include <linux/mutex.h>
+#include <linux/notifier.h>
 #include <linux/rwsem.h>
 #include <linux/spinlock.h>
 #include <linux/virtio.h>
@@ -21,7 +22,9 @@
 #include "virtio_hmm_abi.h"
 #include "uapi/virtio_hmm.h"
 
+struct vhmm_allocation;
 struct vhmm_batch;
+struct vhmm_context;
 
 /* The specification allows 1 to 16 copy queues. */
 #define VHMM_MAX_COPY_QUEUES	16
@@ -36,6 +39,9 @@ struct vhmm_batch;
  * @used: one bit per frame, set while the frame is allocated
  * @nr_frames: number of frames, constant
  * @nr_used: number of bits set in @used
+ * @nr_reserved: frames that are free, but promised to a migration
+ * @owner: for each frame in use, the allocation it belongs to
+ * @contexts: all &struct vhmm_context of the device
  * @whole: one bit per block of 2 MiB, set while none of its frames is in use
  * @partial: one bit per block, set while some are in use and some are not
  * @nr_blocks: number of blocks, constant
@@ -57,6 +63,9 @@ struct vhmm_memory {
 	unsigned long *used;
 	unsigned long nr_frames;
 	unsigned long nr_used;
+	unsigned long nr_reserved;
+	struct vhmm_allocation **owner;
+	struct list_head contexts;
 	unsigned long *whole;
 	unsigned long *partial;
 	unsigned long nr_blocks;
@@ -82,7 +91,12 @@ struct vhmm_memory {
  * @dma_stopped: that reset was done, so the device touches no memory any more;
  *	under @reset_lock
  * @memory: device memory
- * @evacuation: set aside, since unbinding cannot fail for want of memory
+ * @asleep: the system sleeps or is about to: new migrations to the device wait
+ * @awake: woken when @asleep ends
+ * @pm_nb: hears of it
+ * @evacuation: set aside, since unbinding cannot fail for want of memory; under
+ *	@evacuation_lock
+ * @evacuation_lock: outermost, but for @use, which is not held with it
  * @control: the control queue
  * @copy: the copy queues
  * @nr_copy: number of @copy in use, constant
@@ -106,7 +120,12 @@ struct vhmm_device {
 	bool dma_stopped;
 
 	struct vhmm_memory memory;
+	bool asleep;
+	wait_queue_head_t awake;
+	struct notifier_block pm_nb;
+
 	struct vhmm_batch *evacuation;
+	struct mutex evacuation_lock; /* see @evacuation_lock above */
 	struct vhmm_queue control;
 	struct vhmm_queue copy[VHMM_MAX_COPY_QUEUES];
 	unsigned int nr_copy;
@@ -127,6 +146,8 @@ extern bool vhmm_large_folios;
 void vhmm_device_get(struct vhmm_device *dev);
 void vhmm_device_put(struct vhmm_device *dev);
 void vhmm_device_break(struct vhmm_device *dev, const char *why);
+int vhmm_queues_find(struct vhmm_device *dev);
+void vhmm_queues_del(struct vhmm_device *dev);
 
 static inline void vhmm_count(struct vhmm_device *dev, unsigned int counter,
 			      u64 n)
@@ -143,11 +164,13 @@ static inline bool vhmm_device_is_broken(const struct vhmm_device *dev)
 int vhmm_memory_init(struct vhmm_device *dev, u64 size);
 void vhmm_memory_exit(struct vhmm_device *dev);
 void vhmm_memory_close(struct vhmm_device *dev);
+void vhmm_memory_open(struct vhmm_device *dev);
 void vhmm_memory_lost(struct vhmm_device *dev);
 unsigned long vhmm_memory_used(struct vhmm_device *dev);
-unsigned int vhmm_frames_alloc(struct vhmm_device *dev, struct page **pages,
+unsigned int vhmm_frames_alloc(struct vhmm_allocation *a, struct page **pages,
 			       unsigned int nr);
-struct folio *vhmm_large_alloc(struct vhmm_device *dev);
+struct folio *vhmm_large_alloc(struct vhmm_allocation *a);
+void vhmm_queue_release(struct work_struct *work);
 int vhmm_memory_setup_workqueue(void);
 void vhmm_memory_destroy_workqueue(void);
 
@@ -182,15 +205,40 @@ static inline bool vhmm_pfn_is_ours(const struct vhmm_device *dev,
 vm_fault_t vhmm_migrate_to_ram(struct vm_fault *vmf);
 
 /* evacuate.c */
-void vhmm_evacuate(struct vhmm_device *dev);
+bool vhmm_evacuate(struct vhmm_device *dev, unsigned long timeout);
+unsigned long vhmm_evacuate_frames(struct vhmm_batch *b,
+				   const struct vhmm_allocation *a,
+				   unsigned long start);
+
+/* power.c */
+int vhmm_power_init(struct vhmm_device *dev);
+void vhmm_power_exit(struct vhmm_device *dev);
+int vhmm_wait_awake(struct vhmm_device *dev);
+int vhmm_freeze(struct virtio_device *vdev);
+int vhmm_restore(struct virtio_device *vdev);
+int vhmm_reset_prepare(struct virtio_device *vdev);
+int vhmm_reset_done(struct virtio_device *vdev);
+void vhmm_shutdown(struct virtio_device *vdev);
 
 /* migrate.c */
-int vhmm_migrate_range(struct vhmm_device *dev, struct mm_struct *mm,
-		       struct virtio_hmm_migrate *arg);
+int vhmm_migrate_range(struct vhmm_context *ctx, struct virtio_hmm_migrate *arg);
+int vhmm_release_range(struct vhmm_context *ctx, struct virtio_hmm_release *arg);
+unsigned long vhmm_migrate_home(struct vhmm_batch *b, struct mm_struct *mm,
+				unsigned long start, unsigned long end);
+bool vhmm_vma_can_migrate(struct vm_area_struct *vma, bool to_device);
+
+/* peer.c */
+void vhmm_peer_fetch(struct vhmm_batch *b, unsigned long nr, u8 *outcome);
+void vhmm_peer_done(struct vhmm_batch *b);
+
+/* evict.c */
+void vhmm_make_room(struct vhmm_batch *b, struct mm_struct *mm);
+int vhmm_release_all(struct vhmm_context *ctx, struct virtio_hmm_release *arg);
 
 /* residency.c */
-void vhmm_residency(struct vhmm_device *dev, struct mm_struct *mm,
-		    unsigned long start, unsigned long end, u8 *residency);
+unsigned int vhmm_residency(struct vhmm_device *dev, struct mm_struct *mm,
+			    unsigned long start, unsigned long end,
+			    u8 *residency, unsigned long *frames);
 bool vhmm_page_is_pinned(struct mm_struct *mm, unsigned long addr);
 
 /* chardev.c */

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Bring all pages home, whoever maps them: before the device is unbound.
+ * Bring pages home whoever maps them: all, before the device is unbound or the
+ * system sleeps.
  */
 #include <linux/gfp.h>
 #include <linux/jiffies.h>
@@ -23,7 +24,9 @@
  * @b->src. By frame and not by address: pages may be mapped by processes that
  * exec or exit just now, or by several after fork. Only trylocks.
  */
-static unsigned long vhmm_evacuate_setup(struct vhmm_batch *b, unsigned long start)
+static unsigned long vhmm_evacuate_setup(struct vhmm_batch *b,
+					 const struct vhmm_allocation *a,
+					 unsigned long start)
 {
 	struct vhmm_memory *mem = &b->dev->memory;
 	unsigned long first = vhmm_first_pfn(b->dev);
@@ -36,22 +39,38 @@ static unsigned long vhmm_evacuate_setup(struct vhmm_batch *b, unsigned long sta
 	 */
 	if (test_bit(start, mem->used) &&
 	    folio_test_large(page_folio(pfn_to_page(first + start)))) {
+		if (a && READ_ONCE(mem->owner[start]) != a)
+			return 0;
 		migrate_device_range(b->src, first + start, HPAGE_PMD_NR);
 		return HPAGE_PMD_NR;
 	}
 	frame = start;
-	for_each_set_bit_from(frame, mem->used, start + HPAGE_PMD_NR)
-		b->src[nr++] = first + frame;
+	for_each_set_bit_from(frame, mem->used, start + HPAGE_PMD_NR) {
+		if (!a || READ_ONCE(mem->owner[frame]) == a)
+			b->src[nr++] = first + frame;
+	}
 	migrate_device_pfns(b->src, nr);
 	return nr;
 }
 
-static void vhmm_evacuate_block(struct vhmm_batch *b, unsigned long start)
+/**
+ * vhmm_evacuate_frames() - bring the pages of a block home by their frames
+ * @b: working memory
+ * @a: the allocation whose pages are meant; NULL for all, and then memory for
+ *	them is waited for
+ * @start: the first frame of the block
+ *
+ * Return: how many came home.
+ */
+unsigned long vhmm_evacuate_frames(struct vhmm_batch *b,
+				   const struct vhmm_allocation *a,
+				   unsigned long start)
 {
+	gfp_t gfp = GFP_HIGHUSER_MOVABLE | (a ? __GFP_NOWARN : __GFP_NOFAIL);
 	struct vhmm_device *dev = b->dev;
 	unsigned long i, moved, nr;
 
-	nr = vhmm_evacuate_setup(b, start);
+	nr = vhmm_evacuate_setup(b, a, start);
 	memcpy(b->src_seen, b->src, nr * sizeof(*b->src));
 	for (i = 0; i < nr; i++) {
 		bool large = b->src[i] & MIGRATE_PFN_COMPOUND;
@@ -60,14 +79,9 @@ static void vhmm_evacuate_block(struct vhmm_batch *b, unsigned long start)
 		b->dst[i] = 0;
 		if (!(b->src[i] & MIGRATE_PFN_MIGRATE))
 			continue;
-		/*
-		 * Unbinding cannot be refused, so it waits for memory. A large
-		 * folio cannot be split here, and is tried again.
-		 */
-		if (large)
-			folio = folio_alloc(GFP_TRANSHUGE, HPAGE_PMD_ORDER);
-		else
-			folio = folio_alloc(GFP_HIGHUSER_MOVABLE | __GFP_NOFAIL, 0);
+		/* A large folio cannot be split here, and is tried again. */
+		folio = large ? folio_alloc(GFP_TRANSHUGE, HPAGE_PMD_ORDER) :
+				folio_alloc(gfp, 0);
 		if (!folio)
 			continue;
 		b->dst[i] = vhmm_ram_destination(folio);
@@ -76,33 +90,38 @@ static void vhmm_evacuate_block(struct vhmm_batch *b, unsigned long start)
 	vhmm_check_src(dev, b->src, b->src_seen, nr);
 	migrate_device_pages(b->src, b->dst, nr);
 	moved = vhmm_count_moved(b->src, b->dst, nr);
-	vhmm_count(dev, VHMM_PAGES_EVACUATED, moved);
+	vhmm_count(dev, a ? VHMM_PAGES_EVICTED : VHMM_PAGES_EVACUATED, moved);
 	migrate_device_finalize(b->src, b->dst, nr);
-	trace_vhmm_evacuate(dev, start, nr, moved);
+	if (!a)
+		trace_vhmm_evacuate(dev, start, nr, moved);
+	return moved;
 }
 
 /**
  * vhmm_evacuate() - bring all pages home
  * @dev: the device; no more frames are given out
+ * @timeout: jiffies after which to give up, or MAX_SCHEDULE_TIMEOUT
  *
  * Goes on until no frame is in use: a page that is locked now, because it is
  * being faulted back or its process exits, is found free or unlocked later.
- * Ends early when the device breaks, and pages may be left then.
+ * Ends early when the device breaks.
+ *
+ * Return: true if no frame is in use any more.
  */
-void vhmm_evacuate(struct vhmm_device *dev)
+bool vhmm_evacuate(struct vhmm_device *dev, unsigned long timeout)
 {
 	struct vhmm_memory *mem = &dev->memory;
-	unsigned long notice = jiffies + VHMM_EVACUATE_NOTICE;
-	struct vhmm_batch *b = dev->evacuation;
+	unsigned long begin = jiffies, notice = begin + VHMM_EVACUATE_NOTICE;
 	unsigned long frame;
 
-	while (vhmm_memory_used(dev)) {
+	mutex_lock(&dev->evacuation_lock);
+	while (vhmm_memory_used(dev) && jiffies - begin < timeout) {
 		for (frame = 0; frame < mem->nr_frames; frame += HPAGE_PMD_NR) {
 			if (vhmm_device_is_broken(dev))
 				break;
 			if (test_bit(frame / HPAGE_PMD_NR, mem->whole))
 				continue;
-			vhmm_evacuate_block(b, frame);
+			vhmm_evacuate_frames(dev->evacuation, NULL, frame);
 			cond_resched();
 		}
 		if (vhmm_device_is_broken(dev))
@@ -115,4 +134,6 @@ void vhmm_evacuate(struct vhmm_device *dev)
 			notice = jiffies + VHMM_EVACUATE_NOTICE;
 		}
 	}
+	mutex_unlock(&dev->evacuation_lock);
+	return !vhmm_memory_used(dev);
 }

@@ -80,7 +80,7 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 	vm_fault_t ret = 0;
 
 	args->vma = vmf->vma;
-	args->pgmap_owner = dev;
+	args->pgmap_owner = dev->memory.pgmap.owner;
 	args->fault_page = vmf->page;
 	args->flags |= MIGRATE_VMA_SELECT_DEVICE_PRIVATE;
 

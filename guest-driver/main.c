@@ -118,7 +118,13 @@ static int vhmm_read_config(struct vhmm_device *dev, u64 *memory_size)
 	return 0;
 }
 
-static int vhmm_find_vqs(struct vhmm_device *dev)
+/**
+ * vhmm_queues_find() - set up the virtqueues
+ * @dev: the device, which is reset or new
+ *
+ * Return: 0 or a negative errno.
+ */
+int vhmm_queues_find(struct vhmm_device *dev)
 {
 	struct virtqueue_info info[VIRTIO_HMM_QUEUE_COPY + VHMM_MAX_COPY_QUEUES] = {
 		[VIRTIO_HMM_QUEUE_CONTROL] = { "control", vhmm_queue_callback },
@@ -143,6 +149,25 @@ static int vhmm_find_vqs(struct vhmm_device *dev)
 	return 0;
 }
 
+/**
+ * vhmm_queues_del() - take the virtqueues down
+ * @dev: the device, reset, so that it touches them no more
+ *
+ * A request that is still on one has failed.
+ */
+void vhmm_queues_del(struct vhmm_device *dev)
+{
+	unsigned int i;
+
+	vhmm_queue_fail_all(&dev->control);
+	vhmm_queue_clear(&dev->control);
+	for (i = 0; i < dev->nr_copy; i++) {
+		vhmm_queue_fail_all(&dev->copy[i]);
+		vhmm_queue_clear(&dev->copy[i]);
+	}
+	dev->vdev->config->del_vqs(dev->vdev);
+}
+
 static int vhmm_probe(struct virtio_device *vdev)
 {
 	struct vhmm_device *dev;
@@ -159,6 +184,7 @@ static int vhmm_probe(struct virtio_device *vdev)
 	kref_init(&dev->ref);
 	init_rwsem(&dev->use);
 	mutex_init(&dev->reset_lock);
+	mutex_init(&dev->evacuation_lock);
 	dev->vdev = vdev;
 	vdev->priv = dev;
 	vhmm_queue_init(&dev->control);
@@ -185,21 +211,26 @@ static int vhmm_probe(struct virtio_device *vdev)
 			memory_size, ret);
 		goto err_batch;
 	}
-	ret = vhmm_find_vqs(dev);
+	ret = vhmm_queues_find(dev);
 	if (ret)
 		goto err_memory;
 	virtio_device_ready(vdev);
-	ret = vhmm_chardev_register(dev);
+	ret = vhmm_power_init(dev);
 	if (ret)
 		goto err_vqs;
+	ret = vhmm_chardev_register(dev);
+	if (ret)
+		goto err_power;
 	vhmm_debugfs_add(dev);
 	dev_info(&vdev->dev, "hmm%d: %llu MiB of device memory, %u copy queues\n",
 		 dev->id, memory_size >> 20, dev->nr_copy);
 	return 0;
 
+err_power:
+	vhmm_power_exit(dev);
 err_vqs:
 	virtio_reset_device(vdev);
-	vdev->config->del_vqs(vdev);
+	vhmm_queues_del(dev);
 err_memory:
 	vhmm_memory_exit(dev);
 err_batch:
@@ -214,6 +245,7 @@ static void vhmm_remove(struct virtio_device *vdev)
 	struct vhmm_device *dev = vdev->priv;
 
 	WRITE_ONCE(dev->closing, true);
+	vhmm_power_exit(dev);
 	vhmm_debugfs_remove(dev);
 	vhmm_chardev_unregister(dev);
 	vhmm_memory_close(dev);
@@ -221,7 +253,7 @@ static void vhmm_remove(struct virtio_device *vdev)
 	if (virtqueue_is_broken(dev->control.vq))
 		vhmm_device_break(dev, "it was removed");
 	/* While the copy queues work, and ioctls may help. */
-	vhmm_evacuate(dev);
+	vhmm_evacuate(dev, MAX_SCHEDULE_TIMEOUT);
 	down_write(&dev->use);
 	dev->gone = true;
 	up_write(&dev->use);
@@ -230,7 +262,7 @@ static void vhmm_remove(struct virtio_device *vdev)
 	if (!vhmm_device_is_broken(dev))
 		vhmm_control_discard_all(dev);
 	virtio_reset_device(vdev);
-	vdev->config->del_vqs(vdev);
+	vhmm_queues_del(dev);
 	vhmm_batch_free(dev->evacuation);
 	vhmm_device_put(dev);
 }
@@ -246,6 +278,11 @@ static struct virtio_driver vhmm_driver = {
 	.id_table = vhmm_ids,
 	.probe = vhmm_probe,
 	.remove = vhmm_remove,
+	.freeze = pm_sleep_ptr(vhmm_freeze),
+	.restore = pm_sleep_ptr(vhmm_restore),
+	.reset_prepare = vhmm_reset_prepare,
+	.reset_done = vhmm_reset_done,
+	.shutdown = vhmm_shutdown,
 };
 
 static int __init vhmm_init(void)

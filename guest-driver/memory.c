@@ -7,10 +7,12 @@
 #include <linux/migrate.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/vmalloc.h>
 
+#include "context.h"
 #include "device.h"
 
-/* Ends orphaned memory; waited for when the module is unloaded. */
+/* Frees what its last user must not; waited for when the module is unloaded. */
 static struct workqueue_struct *vhmm_release_wq;
 
 /* A large folio of device memory is as large as one of RAM that a PMD maps. */
@@ -48,17 +50,18 @@ static void vhmm_folio_free(struct folio *folio)
 {
 	struct vhmm_device *dev = vhmm_pgmap_device(folio->pgmap);
 	struct vhmm_memory *mem = &dev->memory;
+	unsigned long frame = vhmm_page_frame(dev, &folio->page);
 	unsigned long nr = folio_nr_pages(folio);
 	unsigned long flags;
 
 	spin_lock_irqsave(&mem->lock, flags);
-	bitmap_clear(mem->used, vhmm_page_frame(dev, &folio->page), nr);
-	vhmm_update_blocks(mem, vhmm_page_frame(dev, &folio->page), nr);
-	mem->nr_used -= nr;
+	bitmap_clear(mem->used, frame, nr);
+	vhmm_update_blocks(mem, frame, nr);
+	vhmm_allocation_uncharge(dev, frame, nr);
 	if (!mem->nr_used) {
 		wake_up_all(&mem->empty);
 		if (mem->orphaned) {
-			queue_work(vhmm_release_wq, &mem->release_work);
+			vhmm_queue_release(&mem->release_work);
 		} else if (mem->module_held) {
 			/*
 			 * Unloading cannot overtake us: the driver's remove
@@ -81,22 +84,24 @@ static const struct dev_pagemap_ops vhmm_pagemap_ops = {
 	.migrate_to_ram = vhmm_migrate_to_ram,
 };
 
-static int vhmm_bitmaps_alloc(struct vhmm_memory *mem)
+static int vhmm_tables_alloc(struct vhmm_memory *mem)
 {
 	mem->used = bitmap_zalloc(mem->nr_frames, GFP_KERNEL);
 	mem->whole = bitmap_alloc(mem->nr_blocks, GFP_KERNEL);
 	mem->partial = bitmap_zalloc(mem->nr_blocks, GFP_KERNEL);
-	if (!mem->used || !mem->whole || !mem->partial)
+	mem->owner = vcalloc(mem->nr_frames, sizeof(*mem->owner));
+	if (!mem->used || !mem->whole || !mem->partial || !mem->owner)
 		return -ENOMEM;
 	bitmap_fill(mem->whole, mem->nr_blocks);
 	return 0;
 }
 
-static void vhmm_bitmaps_free(struct vhmm_memory *mem)
+static void vhmm_tables_free(struct vhmm_memory *mem)
 {
 	bitmap_free(mem->used);
 	bitmap_free(mem->whole);
 	bitmap_free(mem->partial);
+	vfree(mem->owner);
 }
 
 static void vhmm_memory_unmap(struct vhmm_memory *mem)
@@ -104,7 +109,7 @@ static void vhmm_memory_unmap(struct vhmm_memory *mem)
 	memunmap_pages(&mem->pgmap);
 	release_mem_region(mem->resource->start, resource_size(mem->resource));
 	mem->resource = NULL;
-	vhmm_bitmaps_free(mem);
+	vhmm_tables_free(mem);
 }
 
 static void vhmm_memory_release(struct work_struct *work)
@@ -116,6 +121,12 @@ static void vhmm_memory_release(struct work_struct *work)
 	vhmm_device_put(dev);
 	/* Unloading waits for this work, see vhmm_memory_destroy_workqueue(). */
 	module_put(THIS_MODULE);
+}
+
+/* All devices share it, so that pages can move from one to another. */
+static void *vhmm_pgmap_owner(void)
+{
+	return &vhmm_release_wq;
 }
 
 /**
@@ -138,17 +149,18 @@ int vhmm_memory_init(struct vhmm_device *dev, u64 size)
 
 	spin_lock_init(&mem->lock);
 	init_waitqueue_head(&mem->empty);
+	INIT_LIST_HEAD(&mem->contexts);
 	INIT_WORK(&mem->release_work, vhmm_memory_release);
 	mem->nr_frames = size >> PAGE_SHIFT;
 	mem->nr_blocks = mem->nr_frames / VHMM_BLOCK_FRAMES;
-	ret = vhmm_bitmaps_alloc(mem);
+	ret = vhmm_tables_alloc(mem);
 	if (ret)
-		goto err_bitmaps;
+		goto err_tables;
 
 	res = request_free_mem_region(&iomem_resource, size, "virtio_hmm");
 	if (IS_ERR(res)) {
 		ret = PTR_ERR(res);
-		goto err_bitmaps;
+		goto err_tables;
 	}
 	mem->resource = res;
 
@@ -157,7 +169,7 @@ int vhmm_memory_init(struct vhmm_device *dev, u64 size)
 	mem->pgmap.range.end = res->start + size - 1;
 	mem->pgmap.nr_range = 1;
 	mem->pgmap.ops = &vhmm_pagemap_ops;
-	mem->pgmap.owner = dev;
+	mem->pgmap.owner = vhmm_pgmap_owner();
 	map = memremap_pages(&mem->pgmap, dev_to_node(&dev->vdev->dev));
 	if (IS_ERR(map)) {
 		ret = PTR_ERR(map);
@@ -168,8 +180,8 @@ int vhmm_memory_init(struct vhmm_device *dev, u64 size)
 err_region:
 	release_mem_region(res->start, resource_size(res));
 	mem->resource = NULL;
-err_bitmaps:
-	vhmm_bitmaps_free(mem);
+err_tables:
+	vhmm_tables_free(mem);
 	return ret;
 }
 
@@ -184,6 +196,20 @@ void vhmm_memory_close(struct vhmm_device *dev)
 
 	spin_lock_irqsave(&mem->lock, flags);
 	mem->closed = true;
+	spin_unlock_irqrestore(&mem->lock, flags);
+}
+
+/**
+ * vhmm_memory_open() - give out frames again, unless the device is broken
+ * @dev: the device
+ */
+void vhmm_memory_open(struct vhmm_device *dev)
+{
+	struct vhmm_memory *mem = &dev->memory;
+	unsigned long flags;
+
+	spin_lock_irqsave(&mem->lock, flags);
+	mem->closed = vhmm_device_is_broken(dev) || READ_ONCE(dev->closing);
 	spin_unlock_irqrestore(&mem->lock, flags);
 }
 
@@ -243,7 +269,7 @@ unsigned long vhmm_memory_used(struct vhmm_device *dev)
 
 /**
  * vhmm_frames_alloc() - allocate device frames
- * @dev: the device
+ * @a: whose they will be
  * @pages: where to put their pages, locked and with one reference each
  * @nr: how many are wanted
  *
@@ -253,16 +279,18 @@ unsigned long vhmm_memory_used(struct vhmm_device *dev)
  *
  * Return: how many were allocated, 0 to @nr.
  */
-unsigned int vhmm_frames_alloc(struct vhmm_device *dev, struct page **pages,
+unsigned int vhmm_frames_alloc(struct vhmm_allocation *a, struct page **pages,
 			       unsigned int nr)
 {
+	struct vhmm_device *dev = a->ctx->dev;
 	struct vhmm_memory *mem = &dev->memory;
 	unsigned long first = vhmm_first_pfn(dev);
 	unsigned long flags, block, frame, end;
 	unsigned int found = 0, i;
 
 	spin_lock_irqsave(&mem->lock, flags);
-	while (found < nr && !mem->closed) {
+	nr = mem->closed ? 0 : min(nr, vhmm_allocation_left(a));
+	while (found < nr) {
 		block = find_first_bit(mem->partial, mem->nr_blocks);
 		if (block == mem->nr_blocks)
 			block = find_first_bit(mem->whole, mem->nr_blocks);
@@ -275,11 +303,11 @@ unsigned int vhmm_frames_alloc(struct vhmm_device *dev, struct page **pages,
 			if (frame == end)
 				break;
 			__set_bit(frame, mem->used);
+			vhmm_allocation_charge(a, frame, 1);
 			pages[found++] = pfn_to_page(first + frame);
 		}
 		vhmm_update_blocks(mem, block * VHMM_BLOCK_FRAMES, 1);
 	}
-	mem->nr_used += found;
 	spin_unlock_irqrestore(&mem->lock, flags);
 
 	for (i = 0; i < found; i++)
@@ -289,35 +317,42 @@ unsigned int vhmm_frames_alloc(struct vhmm_device *dev, struct page **pages,
 
 /**
  * vhmm_large_alloc() - allocate a large folio of device memory
- * @dev: the device
+ * @a: whose it will be
  *
  * What it contains is undefined.
  *
  * Return: the folio, of HPAGE_PMD_NR frames, locked and with one reference; or
- * NULL when no block is whole.
+ * NULL when no block is whole, or not so many frames may be had.
  */
-struct folio *vhmm_large_alloc(struct vhmm_device *dev)
+struct folio *vhmm_large_alloc(struct vhmm_allocation *a)
 {
+	struct vhmm_device *dev = a->ctx->dev;
 	struct vhmm_memory *mem = &dev->memory;
 	unsigned long flags, block, frame;
 	struct folio *folio;
 
 	spin_lock_irqsave(&mem->lock, flags);
 	block = find_first_bit(mem->whole, mem->nr_blocks);
-	if (mem->closed || block == mem->nr_blocks) {
+	if (mem->closed || block == mem->nr_blocks ||
+	    vhmm_allocation_left(a) < VHMM_BLOCK_FRAMES) {
 		spin_unlock_irqrestore(&mem->lock, flags);
 		return NULL;
 	}
 	frame = block * VHMM_BLOCK_FRAMES;
 	bitmap_set(mem->used, frame, VHMM_BLOCK_FRAMES);
 	vhmm_update_blocks(mem, frame, VHMM_BLOCK_FRAMES);
-	mem->nr_used += VHMM_BLOCK_FRAMES;
+	vhmm_allocation_charge(a, frame, VHMM_BLOCK_FRAMES);
 	spin_unlock_irqrestore(&mem->lock, flags);
 
 	/* Not page_folio(): the page may still look like part of a former folio. */
 	folio = (struct folio *)pfn_to_page(vhmm_first_pfn(dev) + frame);
 	zone_device_folio_init(folio, &mem->pgmap, HPAGE_PMD_ORDER);
 	return folio;
+}
+
+void vhmm_queue_release(struct work_struct *work)
+{
+	queue_work(vhmm_release_wq, work);
 }
 
 int vhmm_memory_setup_workqueue(void)

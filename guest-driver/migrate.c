@@ -12,6 +12,7 @@
 #include <linux/slab.h>
 
 #include "batch.h"
+#include "context.h"
 #include "device.h"
 #include "request.h"
 #include "trace.h"
@@ -40,17 +41,20 @@ static void vhmm_resolve(u8 *outcome, unsigned long start, unsigned long end,
 /*
  * Tell whether page @i shall go to the device: one that setup has locked,
  * unmapped and checked for pins, or a hole. Pages of files come this far in
- * private mappings, and would be refused only after the copy.
+ * private mappings, and would be refused only after the copy. On the second
+ * pass, for what is on other devices, holes and our own pages come along.
  */
-static bool vhmm_wanted(const unsigned long *src, const u8 *outcome,
+static bool vhmm_wanted(const struct vhmm_batch *b, const u8 *outcome,
 			unsigned long i)
 {
 	struct page *page;
 
-	if (!(vhmm_entry(src, i) & MIGRATE_PFN_MIGRATE) ||
+	if (!(vhmm_entry(b->src, i) & MIGRATE_PFN_MIGRATE) ||
 	    !vhmm_unresolved(outcome[i]))
 		return false;
-	page = vhmm_entry_page(src, i);
+	page = vhmm_entry_page(b->src, i);
+	if (b->from_peer)
+		return page && !vhmm_pfn_is_ours(b->dev, page_to_pfn(page));
 	return !page || folio_test_anon(page_folio(page));
 }
 
@@ -59,9 +63,9 @@ static bool vhmm_alloc_large(struct vhmm_batch *b, u8 *outcome)
 {
 	struct folio *folio;
 
-	if (!vhmm_is_large(b->src) || !vhmm_wanted(b->src, outcome, 0))
+	if (!vhmm_is_large(b->src) || !vhmm_wanted(b, outcome, 0))
 		return false;
-	folio = vhmm_large_alloc(b->dev);
+	folio = vhmm_large_alloc(b->allocation);
 	if (!folio) {
 		vhmm_count(b->dev, VHMM_THP_FALLBACK, 1);
 		return false;
@@ -70,32 +74,46 @@ static bool vhmm_alloc_large(struct vhmm_batch *b, u8 *outcome)
 	return true;
 }
 
+/*
+ * The kernel takes all of a large hole or nothing: it uses all destinations
+ * without looking whether there is one.
+ */
+static void vhmm_keep_hole_whole(struct vhmm_batch *b, unsigned long nr,
+				 u8 *outcome, u8 value)
+{
+	unsigned long i, have = 0;
+
+	if (!vhmm_is_large(b->src) || b->src[0] & MIGRATE_PFN_VALID)
+		return;
+	for (i = 0; i < nr; i++)
+		have += !!vhmm_entry(b->dst, i);
+	if (!have || have == nr)
+		return;
+	for (i = 0; i < nr; i++)
+		vhmm_drop_destination(b->dst, i);
+	memset(outcome, value, nr);
+}
+
 /* Give every wanted page a device page, as far as there are any. */
 static void vhmm_alloc_small(struct vhmm_batch *b, unsigned long nr, u8 *outcome)
 {
-	const unsigned long *src = b->src;
 	unsigned int wanted = 0, got, used = 0;
 	unsigned long i;
 
 	for (i = 0; i < nr; i++)
-		wanted += vhmm_wanted(src, outcome, i);
-	got = vhmm_frames_alloc(b->dev, b->pages, wanted);
+		wanted += vhmm_wanted(b, outcome, i);
+	got = vhmm_frames_alloc(b->allocation, b->pages, wanted);
 
 	for (i = 0; i < nr; i++) {
-		if (!vhmm_wanted(src, outcome, i))
+		if (!vhmm_wanted(b, outcome, i))
 			continue;
 		if (used == got)
 			outcome[i] = VHMM_SKIP(NO_MEMORY);
 		else
 			b->dst[i] = migrate_pfn(page_to_pfn(b->pages[used++]));
 	}
-	/* A large folio is split and may go in part, but a hole takes all or none. */
-	if (vhmm_is_large(src) && !(src[0] & MIGRATE_PFN_VALID) && got < wanted) {
-		for (i = 0; i < nr; i++) {
-			vhmm_drop_destination(b->dst, i);
-			outcome[i] = VHMM_SKIP(NO_MEMORY);
-		}
-	}
+	/* A large folio is split and may go in part. */
+	vhmm_keep_hole_whole(b, nr, outcome, VHMM_SKIP(NO_MEMORY));
 }
 
 /*
@@ -111,10 +129,14 @@ static void vhmm_alloc_and_submit(struct vhmm_batch *b, unsigned long nr,
 	if (!vhmm_alloc_large(b, outcome))
 		vhmm_alloc_small(b, nr, outcome);
 
+	if (b->from_peer)
+		vhmm_peer_fetch(b, nr, outcome);
+
 	vhmm_request_start(b->copy, VIRTIO_HMM_OP_TO_DEVICE);
 	vhmm_request_start(b->fill, VIRTIO_HMM_OP_FILL);
 	for (i = 0; i < nr; i++) {
-		struct page *spage = vhmm_entry_page(b->src, i);
+		struct page *spage = b->from_peer ? b->bounce[i] :
+						    vhmm_entry_page(b->src, i);
 		struct page *dpage = vhmm_entry_page(b->dst, i);
 
 		if (dpage)
@@ -149,8 +171,7 @@ static void vhmm_wait_and_check(struct vhmm_batch *b, struct vhmm_request *r,
 }
 
 /* Only migrate_vma_pages() has the last word on a page: it may still race. */
-static void vhmm_account(struct vhmm_batch *b, unsigned long nr, bool to_device,
-			 u8 *outcome)
+static void vhmm_account(struct vhmm_batch *b, unsigned long nr, u8 *outcome)
 {
 	unsigned long i, moved = 0, filled = 0;
 
@@ -165,15 +186,13 @@ static void vhmm_account(struct vhmm_batch *b, unsigned long nr, bool to_device,
 			filled++;
 		}
 	}
-	if (to_device) {
-		vhmm_count(b->dev, VHMM_PAGES_TO_DEVICE, moved);
-		vhmm_count(b->dev, VHMM_PAGES_FILLED, filled);
-	} else {
-		vhmm_count(b->dev, VHMM_PAGES_TO_SYSTEM, moved);
-	}
+	vhmm_count(b->dev, b->counter, moved);
+	vhmm_count(b->dev, VHMM_PAGES_FILLED, filled);
+	if (b->from_peer)
+		vhmm_count(b->dev, VHMM_PAGES_FROM_PEER, moved);
 	if (vhmm_is_large(b->dst) && moved + filled)
-		vhmm_count(b->dev, to_device ? VHMM_THP_TO_DEVICE :
-					       VHMM_THP_TO_SYSTEM, 1);
+		vhmm_count(b->dev, vhmm_to_device(b) ? VHMM_THP_TO_DEVICE :
+						       VHMM_THP_TO_SYSTEM, 1);
 }
 
 static bool vhmm_alloc_ram(struct vhmm_batch *b, struct migrate_vma *args,
@@ -190,13 +209,24 @@ static bool vhmm_alloc_ram(struct vhmm_batch *b, struct migrate_vma *args,
 	return true;
 }
 
+/*
+ * Holes are reported in this direction as well: they stay. So do the pages of
+ * other devices.
+ */
+static bool vhmm_wanted_home(const struct vhmm_batch *b, unsigned long i)
+{
+	unsigned long src = vhmm_entry(b->src, i);
+
+	return src & MIGRATE_PFN_MIGRATE && src & MIGRATE_PFN_VALID &&
+	       vhmm_pfn_is_ours(b->dev, page_to_pfn(migrate_pfn_to_page(src)));
+}
+
 static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
 				       struct migrate_vma *args, u8 *outcome)
 {
 	unsigned long i;
 
-	if (vhmm_is_large(b->src) &&
-	    !(b->src[0] & MIGRATE_PFN_VALID && b->src[0] & MIGRATE_PFN_MIGRATE))
+	if (vhmm_is_large(b->src) && !vhmm_wanted_home(b, 0))
 		return;
 	if (vhmm_is_large(b->src) && vhmm_alloc_ram(b, args, 0, HPAGE_PMD_ORDER))
 		goto copy;
@@ -204,11 +234,7 @@ static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
 		vhmm_count(b->dev, VHMM_THP_FALLBACK, 1);
 
 	for (i = 0; i < args->npages; i++) {
-		unsigned long src = vhmm_entry(b->src, i);
-
-		/* Holes are reported in this direction as well: they stay. */
-		if (!(src & MIGRATE_PFN_MIGRATE) || !(src & MIGRATE_PFN_VALID) ||
-		    !vhmm_unresolved(outcome[i]))
+		if (!vhmm_wanted_home(b, i) || !vhmm_unresolved(outcome[i]))
 			continue;
 		if (!vhmm_alloc_ram(b, args, i, 0))
 			outcome[i] = VHMM_SKIP(NO_MEMORY);
@@ -234,11 +260,12 @@ copy:
 
 /* Say why the pages that are still where they were did not move. */
 static void vhmm_classify(struct vhmm_batch *b, struct vm_area_struct *vma,
-			  unsigned long start, unsigned long end,
-			  bool to_device, u8 *outcome)
+			  unsigned long start, unsigned long end, u8 *outcome)
 {
-	u8 *residency = (u8 *)b->pages;
 	unsigned long i, nr = (end - start) >> PAGE_SHIFT;
+	bool to_device = vhmm_to_device(b);
+	u8 *residency = (u8 *)b->pages;
+	unsigned int here;
 
 	for (i = 0; i < nr; i++) {
 		if (vhmm_unresolved(outcome[i]))
@@ -247,7 +274,10 @@ static void vhmm_classify(struct vhmm_batch *b, struct vm_area_struct *vma,
 	if (i == nr)
 		return;
 
-	vhmm_residency(b->dev, vma->vm_mm, start, end, residency);
+	/* The entries have served: the frames can have their place. */
+	here = vhmm_residency(b->dev, vma->vm_mm, start, end, residency, b->src);
+	if (to_device)
+		vhmm_allocations_used(b->dev, b->src, here);
 	for (; i < nr; i++) {
 		if (!vhmm_unresolved(outcome[i]))
 			continue;
@@ -296,7 +326,7 @@ static bool vhmm_may_be_large(struct vm_area_struct *vma, unsigned long start,
 
 static void vhmm_migrate_vma(struct vhmm_batch *b, struct vm_area_struct *vma,
 			     unsigned long start, unsigned long end,
-			     bool to_device, bool large, u8 *outcome)
+			     bool large, u8 *outcome)
 {
 	struct migrate_vma args = {
 		.vma = vma,
@@ -304,9 +334,10 @@ static void vhmm_migrate_vma(struct vhmm_batch *b, struct vm_area_struct *vma,
 		.dst = b->dst,
 		.start = start,
 		.end = end,
-		.pgmap_owner = b->dev,
-		.flags = to_device ? MIGRATE_VMA_SELECT_SYSTEM :
-				     MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
+		.pgmap_owner = b->dev->memory.pgmap.owner,
+		.flags = vhmm_to_device(b) && !b->from_peer ?
+			 MIGRATE_VMA_SELECT_SYSTEM :
+			 MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
 	};
 
 	if (large && vhmm_may_be_large(vma, start, end))
@@ -318,44 +349,48 @@ static void vhmm_migrate_vma(struct vhmm_batch *b, struct vm_area_struct *vma,
 	/* With nothing collected nothing is held. */
 	if (args.cpages) {
 		memcpy(b->src_seen, b->src, args.npages * sizeof(*b->src));
-		if (to_device) {
+		if (vhmm_to_device(b)) {
 			vhmm_alloc_and_submit(b, args.npages, outcome);
 			vhmm_wait_and_check(b, b->copy, outcome);
 			vhmm_wait_and_check(b, b->fill, outcome);
+			vhmm_keep_hole_whole(b, args.npages, outcome,
+					     VHMM_SKIP(COPY_FAILED));
+			vhmm_peer_done(b);
 		} else {
 			vhmm_alloc_and_copy_to_ram(b, &args, outcome);
 		}
 		vhmm_check_src(b->dev, b->src, b->src_seen, args.npages);
 		migrate_vma_pages(&args);
-		vhmm_account(b, args.npages, to_device, outcome);
+		vhmm_account(b, args.npages, outcome);
 		migrate_vma_finalize(&args);
 	}
-	vhmm_classify(b, vma, start, end, to_device, outcome);
+	vhmm_classify(b, vma, start, end, outcome);
 }
 
-/* The kinds of memory that migrate_vma takes and that can come to the device. */
-static bool vhmm_vma_is_supported(struct vm_area_struct *vma)
-{
-	return !(vma->vm_flags & (VM_SPECIAL | VM_SHARED)) &&
-	       !is_vm_hugetlb_page(vma) && !vma_is_dax(vma);
-}
-
-/*
+/**
+ * vhmm_vma_can_migrate() - tell whether a kind of memory migrates
+ * @vma: the mapping
+ * @to_device: the direction
+ *
  * A page that KSM merged must not come to the device: KSM goes on to read it
  * by its frame. Nor may migrate_vma_setup() see it: KSM can have lost track of
  * this mapping (it forgets a page that it finds migrating), and what setup
  * unmapped would never be mapped again. A page can be merged at any time, so
  * the whole mapping stays.
+ *
+ * Return: true if it is a kind that migrate_vma takes, and can move that way.
  */
-static bool vhmm_vma_is_mergeable(struct vm_area_struct *vma)
+bool vhmm_vma_can_migrate(struct vm_area_struct *vma, bool to_device)
 {
-	return vma->vm_flags & VM_MERGEABLE;
+	return !(vma->vm_flags & (VM_SPECIAL | VM_SHARED)) &&
+	       !is_vm_hugetlb_page(vma) && !vma_is_dax(vma) &&
+	       !(to_device && vma->vm_flags & VM_MERGEABLE);
 }
 
 /* One attempt on a window of at most a batch, which several VMAs may share. */
 static void vhmm_migrate_window(struct vhmm_batch *b, struct mm_struct *mm,
 				unsigned long start, unsigned long end,
-				bool to_device, bool large)
+				bool large)
 {
 	unsigned long addr = start;
 
@@ -372,12 +407,11 @@ static void vhmm_migrate_window(struct vhmm_batch *b, struct mm_struct *mm,
 			vhmm_resolve(outcome, addr, next, VHMM_SKIP(UNMAPPED));
 		} else {
 			next = min(end, vma->vm_end);
-			if (vhmm_vma_is_supported(vma) &&
-			    !(to_device && vhmm_vma_is_mergeable(vma)))
-				vhmm_migrate_vma(b, vma, addr, next, to_device,
-						 large, outcome);
+			if (vhmm_vma_can_migrate(vma, vhmm_to_device(b)))
+				vhmm_migrate_vma(b, vma, addr, next, large,
+						 outcome);
 			else
-				vhmm_resolve(outcome, addr, next, to_device ?
+				vhmm_resolve(outcome, addr, next, vhmm_to_device(b) ?
 					     VHMM_SKIP(UNSUPPORTED) :
 					     VHMM_SKIP(ALREADY));
 		}
@@ -385,38 +419,112 @@ static void vhmm_migrate_window(struct vhmm_batch *b, struct mm_struct *mm,
 	}
 }
 
-static bool vhmm_has_busy(const struct vhmm_batch *b, unsigned long nr)
+static bool vhmm_has(const struct vhmm_batch *b, unsigned long nr, u8 outcome)
 {
-	return memchr(b->outcome, VHMM_SKIP(BUSY), nr);
+	return memchr(b->outcome, outcome, nr);
+}
+
+/* Pages with this outcome are to be tried again. */
+static bool vhmm_again(struct vhmm_batch *b, unsigned long nr, u8 outcome)
+{
+	unsigned long i;
+	bool any = false;
+
+	for (i = 0; i < nr; i++) {
+		if (b->outcome[i] == outcome) {
+			b->outcome[i] = VHMM_PENDING;
+			any = true;
+		}
+	}
+	return any;
+}
+
+/* From RAM first, and then from the memory of other devices. */
+static void vhmm_migrate_attempt(struct vhmm_batch *b, struct mm_struct *mm,
+				 unsigned long start, unsigned long end,
+				 bool large)
+{
+	unsigned long nr = (end - start) >> PAGE_SHIFT;
+
+	vhmm_migrate_window(b, mm, start, end, large);
+	if (vhmm_to_device(b) && vhmm_again(b, nr, VHMM_SKIP(OTHER_DEVICE))) {
+		b->from_peer = true;
+		vhmm_migrate_window(b, mm, start, end, large);
+		b->from_peer = false;
+	}
+}
+
+/**
+ * vhmm_migrate_home() - bring a range of at most a batch home, at one attempt
+ * @b: working memory, of a batch that goes to RAM
+ * @mm: an address space, its lock held for reading
+ * @start: the range, within one PMD
+ * @end: its end
+ *
+ * Return: how many pages came home.
+ */
+unsigned long vhmm_migrate_home(struct vhmm_batch *b, struct mm_struct *mm,
+				unsigned long start, unsigned long end)
+{
+	unsigned long i, moved = 0, nr = (end - start) >> PAGE_SHIFT;
+
+	memset(b->outcome, VHMM_PENDING, nr);
+	b->counter = VHMM_PAGES_EVICTED;
+	vhmm_migrate_window(b, mm, start, end, true);
+	for (i = 0; i < nr; i++)
+		moved += b->outcome[i] == VHMM_MOVED;
+	return moved;
 }
 
 /*
  * Migrate one window, and try again on pages that only raced: setup does not
  * wait for a locked page, and finds one that is on its way to an LRU list
  * referenced. The lock is dropped in between, so that who holds them up can
- * go on.
+ * go on. Where device memory has run out, room is made first.
  */
 static int vhmm_migrate_batch(struct vhmm_batch *b, struct mm_struct *mm,
-			      unsigned long start, unsigned long end,
-			      bool to_device)
+			      unsigned long start, unsigned long end, bool evict)
 {
 	unsigned long nr = (end - start) >> PAGE_SHIFT;
-	unsigned int attempt = 0;
+	unsigned int attempt;
 
 	memset(b->outcome, VHMM_PENDING, nr);
-	for (;;) {
+	for (attempt = 0;; attempt++) {
+		if (evict)
+			vhmm_make_room(b, mm);
 		if (mmap_read_lock_killable(mm))
 			return -EINTR;
 		/* A large folio that stayed is tried again in small pages. */
-		vhmm_migrate_window(b, mm, start, end, to_device, !attempt);
+		vhmm_migrate_attempt(b, mm, start, end, !attempt);
 		mmap_read_unlock(mm);
 		if (vhmm_device_is_broken(b->dev))
 			return -EIO;
-		if (!vhmm_has_busy(b, nr) || attempt++ == vhmm_retries)
+		if (READ_ONCE(b->dev->asleep) && vhmm_to_device(b))
+			return -EAGAIN;
+		if (attempt == vhmm_retries)
+			return 0;
+		if (!(evict && vhmm_again(b, nr, VHMM_SKIP(NO_MEMORY))) &&
+		    !vhmm_has(b, nr, VHMM_SKIP(BUSY)))
 			return 0;
 		vhmm_count(b->dev, VHMM_MIGRATE_RETRIES, 1);
 		usleep_range(VHMM_RETRY_MIN_US, VHMM_RETRY_MAX_US);
 	}
+}
+
+static int vhmm_migrate_one(struct vhmm_batch *b, struct vhmm_context *ctx,
+			    unsigned long start, unsigned long end, bool evict)
+{
+	int ret;
+
+	if (!vhmm_to_device(b))
+		return vhmm_migrate_batch(b, ctx->mm, start, end, false);
+
+	b->allocation = vhmm_allocation_begin(ctx, start, end);
+	if (!b->allocation)
+		return -ENOMEM;
+	ret = vhmm_migrate_batch(b, ctx->mm, start, end, evict);
+	vhmm_allocation_end(b->allocation);
+	return ret;
 }
 
 static void vhmm_tally(struct vhmm_batch *b, unsigned long nr,
@@ -441,20 +549,23 @@ static void vhmm_tally(struct vhmm_batch *b, unsigned long nr,
 
 /**
  * vhmm_migrate_range() - migrate a range of a process
- * @dev: the device
- * @mm: the address space of the caller
- * @arg: the range and direction, checked; receives what was done
+ * @ctx: the open file; its address space is that of the caller
+ * @arg: the range and direction, checked; what was done is added to it, and the
+ *	range is gone on with from there
  *
  * Works in batches of an aligned PMD. Signals are looked at in between.
  *
- * Return: 0, -EINTR, -ENOMEM, -EIO, -ENODEV, or -EFAULT when part of the range
- * is not mapped; @arg tells how far it came.
+ * Return: 0, -EINTR, -ENOMEM, -EIO, -ENODEV, -EAGAIN when it has to go on after
+ * vhmm_wait_awake(), or -EFAULT when part of the range is not mapped; @arg
+ * tells how far it came.
  */
-int vhmm_migrate_range(struct vhmm_device *dev, struct mm_struct *mm,
-		       struct virtio_hmm_migrate *arg)
+int vhmm_migrate_range(struct vhmm_context *ctx, struct virtio_hmm_migrate *arg)
 {
 	bool to_device = arg->direction == VIRTIO_HMM_TO_DEVICE;
-	unsigned long addr = arg->start, end = addr + arg->length;
+	bool evict = to_device && !(arg->flags & VIRTIO_HMM_MIGRATE_NO_EVICT);
+	unsigned long addr = arg->start + arg->done;
+	unsigned long end = arg->start + arg->length;
+	struct vhmm_device *dev = ctx->dev;
 	struct vhmm_batch *b;
 	int ret = 0;
 
@@ -474,7 +585,7 @@ int vhmm_migrate_range(struct vhmm_device *dev, struct mm_struct *mm,
 		else if (READ_ONCE(dev->closing) && to_device)
 			ret = -ENODEV;
 		else
-			ret = vhmm_migrate_batch(b, mm, addr, next, to_device);
+			ret = vhmm_migrate_one(b, ctx, addr, next, evict);
 		if (ret)
 			break;
 		vhmm_tally(b, (next - addr) >> PAGE_SHIFT, arg);
@@ -485,5 +596,74 @@ int vhmm_migrate_range(struct vhmm_device *dev, struct mm_struct *mm,
 		ret = -EFAULT;
 	trace_vhmm_migrate_end(dev, arg, ret);
 	vhmm_batch_free(b);
+	return ret;
+}
+
+/* One mapping, until nothing of it is on the device. */
+static int vhmm_release_mapping(struct vhmm_context *ctx,
+				struct virtio_hmm_release *arg,
+				unsigned long start, unsigned long end)
+{
+	unsigned long deadline = jiffies + msecs_to_jiffies(vhmm_timeout_ms);
+	u64 left;
+	int ret;
+
+	for (;;) {
+		struct virtio_hmm_migrate migrate = {
+			.start = start,
+			.length = end - start,
+			.direction = VIRTIO_HMM_TO_SYSTEM,
+		};
+
+		ret = vhmm_migrate_range(ctx, &migrate);
+		arg->released += migrate.moved;
+		left = migrate.skipped[VIRTIO_HMM_SKIP_BUSY] +
+		       migrate.skipped[VIRTIO_HMM_SKIP_NO_MEMORY] +
+		       migrate.skipped[VIRTIO_HMM_SKIP_COPY_FAILED];
+		/* Somebody may have unmapped part of it meanwhile. */
+		if ((ret && ret != -EFAULT) || !left)
+			break;
+		ret = -EBUSY;
+		if (time_after(jiffies, deadline))
+			break;
+		if (msleep_interruptible(1)) {
+			ret = -EINTR;
+			break;
+		}
+	}
+	arg->remaining += left;
+	return ret == -EFAULT ? 0 : ret;
+}
+
+/**
+ * vhmm_release_range() - bring home what of a range is on the device
+ * @ctx: the open file; its address space is that of the caller
+ * @arg: the range; receives what was done
+ *
+ * Unlike vhmm_migrate_range() it does not leave pages that are busy.
+ *
+ * Return: 0, -EBUSY when pages stayed busy up to the deadline of a request,
+ * -EINTR, -ENOMEM or -EIO.
+ */
+int vhmm_release_range(struct vhmm_context *ctx, struct virtio_hmm_release *arg)
+{
+	unsigned long addr = arg->start, end = addr + arg->length, next;
+	struct vm_area_struct *vma;
+	int ret = 0;
+
+	while (!ret && addr < end) {
+		if (mmap_read_lock_killable(ctx->mm))
+			return -EINTR;
+		vma = find_vma(ctx->mm, addr);
+		if (vma) {
+			addr = max(addr, vma->vm_start);
+			next = min(end, vma->vm_end);
+		}
+		mmap_read_unlock(ctx->mm);
+		if (!vma || addr >= end)
+			break;
+		ret = vhmm_release_mapping(ctx, arg, addr, next);
+		addr = next;
+	}
 	return ret;
 }

@@ -30,7 +30,7 @@ static void vhmm_queue_drain(struct vhmm_queue *q)
 
 	lockdep_assert_held(&q->lock);
 
-	while ((r = virtqueue_get_buf(q->vq, &len))) {
+	while (q->vq && (r = virtqueue_get_buf(q->vq, &len))) {
 		r->used = len;
 		complete(&r->done);
 		drained = true;
@@ -72,7 +72,7 @@ void vhmm_queue_callback(struct virtqueue *vq)
 
 static bool vhmm_queue_dead(struct vhmm_queue *q, struct vhmm_device *dev)
 {
-	return vhmm_device_is_broken(dev) || virtqueue_is_broken(q->vq);
+	return vhmm_device_is_broken(dev) || !q->vq || virtqueue_is_broken(q->vq);
 }
 
 static int vhmm_queue_add(struct vhmm_queue *q, struct vhmm_request *r,
@@ -113,6 +113,18 @@ static void vhmm_queue_sleep_end(struct vhmm_queue *q)
 	spin_unlock_irq(&q->lock);
 }
 
+/* Whether it is worth trying again, with success or to learn that it is dead. */
+static bool vhmm_queue_has_space(struct vhmm_queue *q, struct vhmm_device *dev,
+				 unsigned int seen)
+{
+	bool space;
+
+	spin_lock_irq(&q->lock);
+	space = vhmm_queue_dead(q, dev) || q->vq->num_free > seen;
+	spin_unlock_irq(&q->lock);
+	return space;
+}
+
 /**
  * vhmm_queue_submit() - put a request on the queue
  * @q: the queue
@@ -148,9 +160,7 @@ int vhmm_queue_submit(struct vhmm_queue *q, struct vhmm_request *r)
 			return -ETIMEDOUT;
 
 		vhmm_queue_sleep_begin(q);
-		wait_event_timeout(q->space,
-				   READ_ONCE(q->vq->num_free) > seen ||
-				   vhmm_queue_dead(q, r->dev),
+		wait_event_timeout(q->space, vhmm_queue_has_space(q, r->dev, seen),
 				   ret == -ENOMEM ? 1 : VHMM_BROKEN_CHECK);
 		vhmm_queue_sleep_end(q);
 	}
@@ -219,5 +229,16 @@ void vhmm_queue_fail_all(struct vhmm_queue *q)
 		complete(&r->done);
 	}
 	wake_up_all(&q->space);
+	spin_unlock_irq(&q->lock);
+}
+
+/**
+ * vhmm_queue_clear() - forget the virtqueue, which is about to be deleted
+ * @q: the queue; nothing is on it
+ */
+void vhmm_queue_clear(struct vhmm_queue *q)
+{
+	spin_lock_irq(&q->lock);
+	q->vq = NULL;
 	spin_unlock_irq(&q->lock);
 }

@@ -15,7 +15,7 @@ struct vhmm_request;
  * struct vhmm_queue - a virtqueue whose requests are waited for
  * @lock: serializes all operations on @vq; taken in the interrupt handler, so
  *	always irqsave; a leaf
- * @vq: the virtqueue; NULL before it is set up
+ * @vq: the virtqueue; NULL while it is not set up
  * @sleepers: number of waiters that need the interrupt; under @lock
  * @space: woken when descriptors became free
  *
@@ -33,5 +33,6 @@ void vhmm_queue_callback(struct virtqueue *vq);
 int vhmm_queue_submit(struct vhmm_queue *q, struct vhmm_request *r);
 void vhmm_queue_wait(struct vhmm_queue *q, struct vhmm_request *r);
 void vhmm_queue_fail_all(struct vhmm_queue *q);
+void vhmm_queue_clear(struct vhmm_queue *q);
 
 #endif /* VHMM_QUEUE_H */

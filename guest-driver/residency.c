@@ -13,12 +13,15 @@
 
 #include "device.h"
 
-static u8 vhmm_softleaf_residency(struct vhmm_device *dev, softleaf_t entry)
+static u8 vhmm_softleaf_residency(struct vhmm_device *dev, softleaf_t entry,
+				  unsigned long offset, unsigned long *frame)
 {
-	if (softleaf_is_device_private(entry))
-		return vhmm_pfn_is_ours(dev, softleaf_to_pfn(entry)) ?
-			VIRTIO_HMM_RESIDENCY_DEVICE :
-			VIRTIO_HMM_RESIDENCY_OTHER_DEVICE;
+	if (softleaf_is_device_private(entry)) {
+		if (!vhmm_pfn_is_ours(dev, softleaf_to_pfn(entry)))
+			return VIRTIO_HMM_RESIDENCY_OTHER_DEVICE;
+		*frame = softleaf_to_pfn(entry) - vhmm_first_pfn(dev) + offset;
+		return VIRTIO_HMM_RESIDENCY_DEVICE;
+	}
 	if (softleaf_is_migration(entry))
 		return VIRTIO_HMM_RESIDENCY_MOVING;
 	if (softleaf_is_swap(entry))
@@ -28,12 +31,14 @@ static u8 vhmm_softleaf_residency(struct vhmm_device *dev, softleaf_t entry)
 	return VIRTIO_HMM_RESIDENCY_NONE;
 }
 
-static u8 vhmm_pte_residency(struct vhmm_device *dev, pte_t pte)
+static u8 vhmm_pte_residency(struct vhmm_device *dev, pte_t pte,
+			     unsigned long *frame)
 {
 	if (pte_none(pte))
 		return VIRTIO_HMM_RESIDENCY_NONE;
 	if (!pte_present(pte))
-		return vhmm_softleaf_residency(dev, softleaf_from_pte(pte));
+		return vhmm_softleaf_residency(dev, softleaf_from_pte(pte), 0,
+					       frame);
 	return is_zero_pfn(pte_pfn(pte)) ? VIRTIO_HMM_RESIDENCY_ZERO :
 					   VIRTIO_HMM_RESIDENCY_RAM;
 }
@@ -80,17 +85,19 @@ static bool vhmm_lookup(struct mm_struct *mm, unsigned long addr, pmd_t *pmd,
 
 static u8 vhmm_addr_residency(struct vhmm_device *dev,
 			      struct vm_area_struct *vma, struct mm_struct *mm,
-			      unsigned long addr)
+			      unsigned long addr, unsigned long *frame)
 {
 	pmd_t pmd;
 	pte_t pte;
 
 	if (vhmm_lookup(mm, addr, &pmd, &pte))
-		return vhmm_pte_residency(dev, pte);
+		return vhmm_pte_residency(dev, pte, frame);
 	if (pmd_none(pmd))
 		return VIRTIO_HMM_RESIDENCY_NONE;
 	if (!pmd_present(pmd))
-		return vhmm_softleaf_residency(dev, softleaf_from_pmd(pmd));
+		return vhmm_softleaf_residency(dev, softleaf_from_pmd(pmd),
+					       (addr & ~HPAGE_PMD_MASK) >> PAGE_SHIFT,
+					       frame);
 	return vhmm_huge_residency(vma, pmd_pfn(pmd));
 }
 
@@ -101,12 +108,18 @@ static u8 vhmm_addr_residency(struct vhmm_device *dev,
  * @start: first byte, page aligned
  * @end: end of the range, page aligned; at most a batch away
  * @residency: receives an &enum virtio_hmm_residency for each page
+ * @frames: receives the numbers of the frames of this device that are among
+ *	them; NULL if nobody wants to know
+ *
+ * Return: how many frames of this device there are.
  */
-void vhmm_residency(struct vhmm_device *dev, struct mm_struct *mm,
-		    unsigned long start, unsigned long end, u8 *residency)
+unsigned int vhmm_residency(struct vhmm_device *dev, struct mm_struct *mm,
+			    unsigned long start, unsigned long end,
+			    u8 *residency, unsigned long *frames)
 {
 	struct vm_area_struct *vma = NULL;
-	unsigned long addr, flags;
+	unsigned long addr, flags, frame;
+	unsigned int nr = 0;
 
 	mmap_assert_locked(mm);
 
@@ -114,9 +127,15 @@ void vhmm_residency(struct vhmm_device *dev, struct mm_struct *mm,
 		if (!vma || addr >= vma->vm_end)
 			vma = find_vma(mm, addr);
 		local_irq_save(flags);
-		*residency++ = vhmm_addr_residency(dev, vma, mm, addr);
+		*residency = vhmm_addr_residency(dev, vma, mm, addr, &frame);
 		local_irq_restore(flags);
+		if (*residency++ != VIRTIO_HMM_RESIDENCY_DEVICE)
+			continue;
+		if (frames)
+			frames[nr] = frame;
+		nr++;
 	}
+	return nr;
 }
 
 /**

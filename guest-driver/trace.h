@@ -84,6 +84,27 @@ TRACE_EVENT(vhmm_evacuate,
 		  __entry->id, __entry->frame, __entry->nr, __entry->moved)
 );
 
+TRACE_EVENT(vhmm_evict,
+	TP_PROTO(struct vhmm_device *dev, unsigned long start,
+		 unsigned long end, unsigned long moved),
+	TP_ARGS(dev, start, end, moved),
+	TP_STRUCT__entry(
+		__field(int, id)
+		__field(unsigned long, start)
+		__field(unsigned long, end)
+		__field(unsigned long, moved)
+	),
+	TP_fast_assign(
+		__entry->id = dev->id;
+		__entry->start = start;
+		__entry->end = end;
+		__entry->moved = moved;
+	),
+	TP_printk("hmm%d start=%#lx end=%#lx pages=%lu direction=to_system trigger=eviction moved=%lu",
+		  __entry->id, __entry->start, __entry->end,
+		  (__entry->end - __entry->start) >> PAGE_SHIFT, __entry->moved)
+);
+
 TRACE_EVENT(vhmm_cpu_fault,
 	TP_PROTO(struct vhmm_device *dev, const struct vm_fault *vmf, u64 ns,
 		 vm_fault_t result),

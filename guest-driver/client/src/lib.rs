@@ -72,6 +72,9 @@ pub enum Error {
     /// EBADF: the file was opened by another address space.
     #[error("the file was opened by another process")]
     OtherAddressSpace,
+    /// EBUSY: pages did not come home in time.
+    #[error("pages stay busy")]
+    Busy,
     /// ENODEV: the device is being unbound, or was.
     #[error("the device is gone")]
     Gone,
@@ -97,6 +100,7 @@ impl Error {
             Some(libc::ENOMEM) => Self::NoMemory,
             Some(libc::EIO) => Self::Broken,
             Some(libc::EBADF) => Self::OtherAddressSpace,
+            Some(libc::EBUSY) => Self::Busy,
             Some(libc::ENODEV) => Self::Gone,
             _ => Self::Other(error),
         }
@@ -152,6 +156,44 @@ pub enum Direction {
     ToDevice = 0,
     /// From device memory to RAM.
     ToSystem = 1,
+}
+
+/// What becomes of pages that are to go to a device whose memory is used up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenFull {
+    /// The least recently used pages there go home and make room for them.
+    #[default]
+    Evict,
+    /// They stay where they are, [`Skip::NoMemory`].
+    Leave,
+}
+
+/// How many pages came home, and how many did not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Released {
+    /// Pages that came home.
+    pub released: u64,
+    /// Pages that did not.
+    pub remaining: u64,
+}
+
+/// Not all pages came home.
+#[derive(Debug, Error)]
+#[error("{} pages did not come home", .outcome.remaining)]
+pub struct ReleaseError {
+    /// What happened up to then; all zero where the interface reports nothing.
+    pub outcome: Released,
+    /// Why it ended.
+    pub source: Error,
+}
+
+/// What an open device may use of its memory, and does, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// What it may use; `None` for no limit.
+    pub bytes: Option<u64>,
+    /// What it uses.
+    pub used: u64,
 }
 
 /// Why a page stayed where it was.
@@ -291,6 +333,7 @@ impl TryFrom<u32> for DeviceState {
 #[derive(Debug)]
 pub struct Device {
     file: File,
+    when_full: WhenFull,
 }
 
 impl Device {
@@ -308,7 +351,16 @@ impl Device {
                 path: path.to_owned(),
                 source,
             })?;
-        Ok(Self { file })
+        Ok(Self {
+            file,
+            when_full: WhenFull::default(),
+        })
+    }
+
+    /// The same device, for which migrations do this when its memory is used up.
+    #[must_use]
+    pub fn when_full(self, when_full: WhenFull) -> Self {
+        Self { when_full, ..self }
     }
 
     /// Describe the device, whatever its state.
@@ -347,6 +399,10 @@ impl Device {
             start: range.start as u64,
             length: range.len() as u64,
             direction: direction as u32,
+            flags: match self.when_full {
+                WhenFull::Evict => 0,
+                WhenFull::Leave => abi::MIGRATE_NO_EVICT,
+            },
             ..abi::Migrate::default()
         };
         // SAFETY: the call reads and writes one `abi::Migrate` at its argument, which
@@ -395,6 +451,79 @@ impl Device {
                 }
             }
         }
+    }
+
+    /// Bring home what of `range`, addresses in bytes, is on the device. Unlike
+    /// [`Device::migrate`] it leaves no page that is only busy, and it does not
+    /// mind addresses that are not mapped.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Busy`], [`Error::Interrupted`],
+    /// [`Error::NoMemory`], [`Error::Broken`], [`Error::OtherAddressSpace`] or
+    /// [`Error::Gone`] (then all pages are home).
+    pub fn release(&self, range: Range<usize>) -> Result<Released, ReleaseError> {
+        self.call_release(abi::Release {
+            start: range.start as u64,
+            length: range.len() as u64,
+            ..abi::Release::default()
+        })
+    }
+
+    /// Bring home all that was migrated through this open device, wherever it is
+    /// mapped by now.
+    ///
+    /// # Errors
+    /// As for [`Device::release`].
+    pub fn release_all(&self) -> Result<Released, ReleaseError> {
+        self.call_release(abi::Release {
+            flags: abi::RELEASE_ALL,
+            ..abi::Release::default()
+        })
+    }
+
+    fn call_release(&self, mut raw: abi::Release) -> Result<Released, ReleaseError> {
+        // SAFETY: the call reads and writes one `abi::Release` at its argument, which
+        // is one. It moves pages without changing what they hold.
+        let result = unsafe { self.call(abi::IOCTL_RELEASE, &mut raw) };
+        let outcome = Released {
+            released: raw.released,
+            remaining: raw.remaining,
+        };
+        match result {
+            Ok(()) => Ok(outcome),
+            Err(source) => Err(ReleaseError { outcome, source }),
+        }
+    }
+
+    /// What this open device may use of its memory.
+    ///
+    /// # Errors
+    /// [`Error::OtherAddressSpace`] or [`Error::Gone`].
+    pub fn limit(&self) -> Result<Limit, Error> {
+        self.call_limit(abi::Limit::default())
+    }
+
+    /// Limit what this open device may use of its memory to `bytes`, a multiple of
+    /// the page size. Beyond it its own least recently used pages go home.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::OtherAddressSpace`] or [`Error::Gone`].
+    pub fn set_limit(&self, bytes: Option<u64>) -> Result<Limit, Error> {
+        self.call_limit(abi::Limit {
+            bytes: bytes.unwrap_or(u64::MAX),
+            flags: abi::LIMIT_SET,
+            ..abi::Limit::default()
+        })
+    }
+
+    fn call_limit(&self, mut raw: abi::Limit) -> Result<Limit, Error> {
+        // SAFETY: the call reads and writes one `abi::Limit` at its argument, which is
+        // one.
+        unsafe { self.call(abi::IOCTL_LIMIT, &mut raw) }?;
+        Ok(Limit {
+            bytes: (raw.bytes != u64::MAX).then_some(raw.bytes),
+            used: raw.used,
+        })
     }
 
     /// Where each page of `range` is, addresses in bytes. It is a snapshot, and may be
@@ -456,6 +585,7 @@ mod tests {
         assert!(matches!(of(libc::ENOMEM), Error::NoMemory));
         assert!(matches!(of(libc::EIO), Error::Broken));
         assert!(matches!(of(libc::EBADF), Error::OtherAddressSpace));
+        assert!(matches!(of(libc::EBUSY), Error::Busy));
         assert!(matches!(of(libc::ENODEV), Error::Gone));
         assert!(matches!(of(libc::ENOTTY), Error::Other(_)));
     }

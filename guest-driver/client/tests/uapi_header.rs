@@ -51,9 +51,25 @@ fn expected() -> Vec<(String, u64)> {
         residency,
         flags
     );
+    layout!(
+        "virtio_hmm_release",
+        abi::Release,
+        start,
+        length,
+        flags,
+        reserved,
+        released,
+        remaining
+    );
+    layout!("virtio_hmm_limit", abi::Limit, bytes, used, flags, reserved);
     row("VIRTIO_HMM_IOCTL_INFO", abi::IOCTL_INFO);
     row("VIRTIO_HMM_IOCTL_MIGRATE", abi::IOCTL_MIGRATE);
     row("VIRTIO_HMM_IOCTL_QUERY", abi::IOCTL_QUERY);
+    row("VIRTIO_HMM_IOCTL_RELEASE", abi::IOCTL_RELEASE);
+    row("VIRTIO_HMM_IOCTL_LIMIT", abi::IOCTL_LIMIT);
+    row("VIRTIO_HMM_MIGRATE_NO_EVICT", abi::MIGRATE_NO_EVICT.into());
+    row("VIRTIO_HMM_RELEASE_ALL", abi::RELEASE_ALL.into());
+    row("VIRTIO_HMM_LIMIT_SET", abi::LIMIT_SET.into());
     row("VIRTIO_HMM_DEVICE_OK", DeviceState::Ok as u64);
     row("VIRTIO_HMM_DEVICE_BROKEN", DeviceState::Broken as u64);
     row("VIRTIO_HMM_DEVICE_CLOSING", DeviceState::Closing as u64);

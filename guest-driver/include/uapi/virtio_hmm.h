@@ -86,12 +86,19 @@ enum virtio_hmm_skip {
 	VIRTIO_HMM_SKIP_NR = 9,
 };
 
+/*
+ * Flag of VIRTIO_HMM_IOCTL_MIGRATE: when device memory or the limit of the file
+ * is used up, leave pages where they are (VIRTIO_HMM_SKIP_NO_MEMORY). Without it
+ * the least recently used pages of the file that uses most go home instead.
+ */
+#define VIRTIO_HMM_MIGRATE_NO_EVICT	(1U << 0)
+
 /**
  * struct virtio_hmm_migrate - argument of VIRTIO_HMM_IOCTL_MIGRATE
  * @start: in: first byte of the range, page aligned
  * @length: in: bytes of the range, a multiple of the page size, not zero
  * @direction: in: one of &enum virtio_hmm_direction
- * @flags: in: zero
+ * @flags: in: 0 or VIRTIO_HMM_MIGRATE_NO_EVICT; to RAM it has no effect
  * @done: out: bytes of the range that were dealt with, from @start; less than
  *	@length only when the call fails
  * @moved: out: pages copied to the destination
@@ -147,6 +154,47 @@ struct virtio_hmm_query {
 	__u64 flags;
 };
 
+/* Flag of VIRTIO_HMM_IOCTL_RELEASE: all that was migrated through this file. */
+#define VIRTIO_HMM_RELEASE_ALL	(1U << 0)
+
+/**
+ * struct virtio_hmm_release - argument of VIRTIO_HMM_IOCTL_RELEASE
+ * @start: in: first byte of the range, page aligned
+ * @length: in: bytes of the range, a multiple of the page size; both are zero
+ *	with VIRTIO_HMM_RELEASE_ALL
+ * @flags: in: 0 or VIRTIO_HMM_RELEASE_ALL
+ * @reserved: in: zero
+ * @released: out: pages that came home
+ * @remaining: out: pages that did not
+ */
+struct virtio_hmm_release {
+	__u64 start;
+	__u64 length;
+	__u32 flags;
+	__u32 reserved;
+	__u64 released;
+	__u64 remaining;
+};
+
+/* Flag of VIRTIO_HMM_IOCTL_LIMIT: set the limit, and not only ask for it. */
+#define VIRTIO_HMM_LIMIT_SET	(1U << 0)
+
+/**
+ * struct virtio_hmm_limit - argument of VIRTIO_HMM_IOCTL_LIMIT
+ * @bytes: in with VIRTIO_HMM_LIMIT_SET, and out: the bytes of device memory that
+ *	pages migrated through this file may use, a multiple of the page size;
+ *	all ones, as at first, for no limit
+ * @used: out: the bytes they use
+ * @flags: in: 0 or VIRTIO_HMM_LIMIT_SET
+ * @reserved: in: zero
+ */
+struct virtio_hmm_limit {
+	__u64 bytes;
+	__u64 used;
+	__u32 flags;
+	__u32 reserved;
+};
+
 #define VIRTIO_HMM_IOCTL_TYPE	0xB7
 
 /*
@@ -164,7 +212,7 @@ struct virtio_hmm_query {
  * Pages that cannot move are skipped and counted; they are not an error.
  *
  * EINVAL	unaligned or empty range, or beyond user space; unknown
- *		direction; flags not zero
+ *		direction or flag
  * EFAULT	the argument cannot be accessed; or part of the range is not
  *		mapped (the mapped rest was migrated)
  * EINTR	a signal came between two batches of 2 MiB
@@ -189,5 +237,36 @@ struct virtio_hmm_query {
  */
 #define VIRTIO_HMM_IOCTL_QUERY \
 	_IOW(VIRTIO_HMM_IOCTL_TYPE, 0x02, struct virtio_hmm_query)
+
+/*
+ * Bring pages home, and do not leave those that are busy at first. Addresses
+ * where nothing is mapped are no error. The output fields are written on
+ * success and with EINTR, ENOMEM, EIO and EBUSY.
+ *
+ * EINVAL	unaligned or empty range, or beyond user space; a range with
+ *		VIRTIO_HMM_RELEASE_ALL; unknown flag; reserved not zero
+ * EFAULT	the argument cannot be accessed
+ * EBUSY	pages stayed busy up to the deadline of a request
+ * EINTR	a signal came
+ * ENOMEM	no kernel memory for the work
+ * EIO		the device is broken
+ * EBADF	the file was opened by another address space
+ * ENODEV	the device was unbound: all pages are home
+ */
+#define VIRTIO_HMM_IOCTL_RELEASE \
+	_IOWR(VIRTIO_HMM_IOCTL_TYPE, 0x03, struct virtio_hmm_release)
+
+/*
+ * Limit what a file may use of device memory. Beyond it the file's own least
+ * recently used pages go home. A limit below what is used now brings nothing
+ * home at once.
+ *
+ * EINVAL	not a multiple of the page size; unknown flag; reserved not zero
+ * EFAULT	the argument cannot be accessed
+ * EBADF	the file was opened by another address space
+ * ENODEV	the device was unbound
+ */
+#define VIRTIO_HMM_IOCTL_LIMIT \
+	_IOWR(VIRTIO_HMM_IOCTL_TYPE, 0x04, struct virtio_hmm_limit)
 
 #endif /* _UAPI_VIRTIO_HMM_H */

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use virtio_hmm_client::counters::Counters;
 use virtio_hmm_client::{
-    Device, Direction, MigrateError, Outcome, PAGE_SIZE, Residency, Skip, debugfs_directory,
+    Device, Direction, MigrateError, Outcome, PAGE_SIZE, Residency, Skip, WhenFull,
+    debugfs_directory,
 };
 
 use crate::failure::Failure;
@@ -121,6 +122,20 @@ impl Context {
             device: Device::open(&self.path)?,
             path: self.path.clone(),
             measurements: Arc::default(),
+            ..*self
+        })
+    }
+
+    /// The same with the device opened once more; when its memory is used up,
+    /// pages that are to go there stay where they are.
+    ///
+    /// # Errors
+    /// The device cannot be opened.
+    pub(crate) fn without_eviction(&self) -> Result<Self, Failure> {
+        Ok(Self {
+            device: Device::open(&self.path)?.when_full(WhenFull::Leave),
+            path: self.path.clone(),
+            measurements: Arc::clone(&self.measurements),
             ..*self
         })
     }

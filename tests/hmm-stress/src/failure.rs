@@ -4,7 +4,7 @@ use std::io;
 
 use thiserror::Error;
 use virtio_hmm_client::counters::CountersError;
-use virtio_hmm_client::{Error, MigrateError, OpenError};
+use virtio_hmm_client::{Error, MigrateError, OpenError, ReleaseError};
 
 use crate::pattern::Mismatch;
 
@@ -26,6 +26,9 @@ pub enum Failure {
     /// A migration failed.
     #[error(transparent)]
     Migrate(Box<MigrateError>),
+    /// Pages did not come home.
+    #[error(transparent)]
+    Release(Box<ReleaseError>),
     /// The device could not be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -45,6 +48,12 @@ pub enum Failure {
 impl From<MigrateError> for Failure {
     fn from(error: MigrateError) -> Self {
         Self::Migrate(Box::new(error))
+    }
+}
+
+impl From<ReleaseError> for Failure {
+    fn from(error: ReleaseError) -> Self {
+        Self::Release(Box::new(error))
     }
 }
 

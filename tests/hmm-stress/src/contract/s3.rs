@@ -54,6 +54,7 @@ fn divided(
 
 /// Pages with contents.
 pub(super) fn touched(context: &Context) -> Result<(), Failure> {
+    let context = &context.without_eviction()?;
     let region = context.region(PAGES, 0)?;
     region.fill_all(1);
     let ballast = ballast(context)?;
@@ -85,6 +86,7 @@ pub(super) fn touched(context: &Context) -> Result<(), Failure> {
 
 /// Pages without.
 pub(super) fn holes(context: &Context) -> Result<(), Failure> {
+    let context = &context.without_eviction()?;
     context.soil(PAGES)?;
     let region = context.region(PAGES, 0)?;
     let ballast = ballast(context)?;

@@ -101,12 +101,14 @@ fn bad_arguments(context: &Context) -> Result<(), Failure> {
                 ..good
             },
         ),
-        ("flags", abi::Migrate { flags: 1, ..good }),
+        ("flags", abi::Migrate { flags: 2, ..good }),
     ];
     for (what, argument) in bad {
         let (errno, _) = migrate(&context.device, argument);
         require!(errno == libc::EINVAL, "{what}: errno {errno}");
     }
+    bad_releases(context, &good)?;
+    bad_limits(context)?;
     let (errno, outcome) = migrate(
         &context.device,
         abi::Migrate {
@@ -165,6 +167,98 @@ fn bad_arguments(context: &Context) -> Result<(), Failure> {
     // Nothing of all this moved a page.
     context.expect(&region, 0..4, |_| Residency::Ram)?;
     context.check(&region, 0..4, |_| 1)
+}
+
+fn bad_releases(context: &Context, range: &abi::Migrate) -> Result<(), Failure> {
+    let good = abi::Release {
+        start: range.start,
+        length: range.length,
+        ..abi::Release::default()
+    };
+    let all = abi::RELEASE_ALL;
+    let bad = [
+        (
+            "start",
+            abi::Release {
+                start: good.start + 1,
+                ..good
+            },
+        ),
+        ("length", abi::Release { length: 1, ..good }),
+        ("no length", abi::Release { length: 0, ..good }),
+        (
+            "overflow",
+            abi::Release {
+                length: u64::MAX - 4095,
+                ..good
+            },
+        ),
+        ("flags", abi::Release { flags: 2, ..good }),
+        (
+            "reserved",
+            abi::Release {
+                reserved: 1,
+                ..good
+            },
+        ),
+        ("all of a range", abi::Release { flags: all, ..good }),
+        (
+            "all from a start",
+            abi::Release {
+                flags: all,
+                length: 0,
+                ..good
+            },
+        ),
+    ];
+    for (what, mut argument) in bad {
+        let errno = call(
+            &context.device,
+            abi::IOCTL_RELEASE,
+            (&raw mut argument) as u64,
+        );
+        require!(errno == libc::EINVAL, "release, {what}: errno {errno}");
+    }
+    for argument in [0, 1, KERNEL] {
+        let errno = call(&context.device, abi::IOCTL_RELEASE, argument);
+        require!(
+            errno == libc::EFAULT,
+            "release at {argument:#x}: errno {errno}"
+        );
+    }
+    Ok(())
+}
+
+fn bad_limits(context: &Context) -> Result<(), Failure> {
+    let set = abi::Limit {
+        flags: abi::LIMIT_SET,
+        ..abi::Limit::default()
+    };
+    let bad = [
+        ("bytes", abi::Limit { bytes: 4095, ..set }),
+        ("flags", abi::Limit { flags: 2, ..set }),
+        ("reserved", abi::Limit { reserved: 1, ..set }),
+    ];
+    for (what, mut argument) in bad {
+        let errno = call(
+            &context.device,
+            abi::IOCTL_LIMIT,
+            (&raw mut argument) as u64,
+        );
+        require!(errno == libc::EINVAL, "limit, {what}: errno {errno}");
+    }
+    for argument in [0, 1, KERNEL] {
+        let errno = call(&context.device, abi::IOCTL_LIMIT, argument);
+        require!(
+            errno == libc::EFAULT,
+            "limit at {argument:#x}: errno {errno}"
+        );
+    }
+    require!(
+        context.device.limit()?.bytes.is_none(),
+        "a bad call set the limit"
+    );
+    Ok(())
 }
 
 fn bad_pointers(context: &Context) -> Result<(), Failure> {

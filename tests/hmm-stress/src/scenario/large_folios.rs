@@ -157,6 +157,7 @@ fn copied_on_write(context: &Context, random: &mut fastrand::Rng) -> Result<(), 
 
 /// With one small page left in each block of device memory there is none for a huge one.
 fn goes_small_without_a_block(context: &Context) -> Result<(), Failure> {
+    let context = &context.without_eviction()?;
     let frames = usize::try_from(context.free()?).unwrap_or(usize::MAX) / PAGE_SIZE;
     // A piece at a time, so that little RAM is needed for much device memory.
     let mut pieces = Vec::new();

@@ -6,10 +6,12 @@ mod fork_cow;
 mod huge_pages;
 mod ioctl_errors;
 mod large_folios;
+mod oversubscribed;
 mod partial_changes;
 mod ping_pong;
 mod processes;
 mod random_access;
+mod release;
 mod signals;
 mod sparse;
 mod swapped;
@@ -95,6 +97,12 @@ pub const ALL: &[Scenario] = &[
         run: large_folios::run,
     },
     Scenario {
+        name: "oversubscribed",
+        about: "a working set of eight times the room on the device, and a neighbour it spares",
+        weight: 1,
+        run: oversubscribed::run,
+    },
+    Scenario {
         name: "signals",
         about: "signals interrupt long migrations, which tell how far they came",
         weight: 1,
@@ -105,6 +113,12 @@ pub const ALL: &[Scenario] = &[
         about: "pages in swap stay there until they are touched (needs swap)",
         weight: 0,
         run: swapped::run,
+    },
+    Scenario {
+        name: "release",
+        about: "pages go home by request, a range or all of them; a limit for a file",
+        weight: 0,
+        run: release::run,
     },
     Scenario {
         name: "ioctl-errors",
