@@ -157,6 +157,19 @@ impl Tool {
     }
 }
 
+/// Options that bring programs of this workspace into the guest.
+///
+/// # Errors
+/// They cannot be built.
+pub fn programs(names: &[&str]) -> Result<Vec<PathBuf>> {
+    let programs = Programs::locate()?;
+    programs.build_packages(names)?;
+    let options = names
+        .iter()
+        .flat_map(|name| ["--with".into(), programs.path(name)]);
+    Ok(options.collect())
+}
+
 fn read_all(mut from: impl Read) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     from.read_to_end(&mut bytes).map(|_| bytes)

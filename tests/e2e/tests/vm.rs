@@ -11,10 +11,11 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use hmm_e2e::{Daemon, Failure, NEEDS_VM, Result, Running, Tool, check, trial, vm, wait_until};
+use hmm_e2e::{
+    Daemon, Failure, NEEDS_VM, Result, Running, Tool, check, programs, trial, vm, wait_until,
+};
 use hmm_hold::HELD;
 use hmm_stress::report::{Case, Line, Summary, Verdict};
-use hmm_vm::build::Programs;
 use hmm_vm::daemon::Counters;
 use hmm_vm::initramfs::MODULE_PATH;
 use hmm_vm::reconcile::sides;
@@ -196,13 +197,6 @@ fn boot_on_a_terminal_is_a_shell() -> Result {
     })
 }
 
-/// Options that bring `hmm-hold` into the guest.
-fn hold_options() -> Result<[PathBuf; 2]> {
-    let programs = Programs::locate()?;
-    programs.build_packages(&["hmm-hold"])?;
-    Ok(["--with".into(), programs.path("hmm-hold")])
-}
-
 /// Shell commands that start `hmm-hold` and wait until its pages are on the device.
 fn hold_script(rest: &str) -> String {
     format!(
@@ -221,7 +215,7 @@ fn driver_unload_brings_pages_home() -> Result {
          hmm-stress contract s6_whole_range_never_touched || exit 95"
     ));
     let run = vm(&["run"])?
-        .with(hold_options()?)
+        .with(programs(&["hmm-hold"])?)
         .with(["--", "sh", "-c", &script])
         .finish()?;
     run.expect_status(0)?;
@@ -335,7 +329,7 @@ fn expect_quick_end(run: Running) -> Result {
 /// What `script` prints after `held` and the death of the device. It then has a line to read.
 fn text_with_dying_device(script: &str) -> Result<String> {
     let mut run = vm(&["run", "--device-may-die"])?
-        .with(hold_options()?)
+        .with(programs(&["hmm-hold"])?)
         .with(["--", "sh", "-c", script])
         .listening()
         .launch()?;
@@ -457,7 +451,7 @@ fn next_vm_never_sees_bytes() -> Result {
     let machine = |script: &str| -> Result<Running> {
         vm(&["run"])?
             .with(daemon.options())
-            .with(hold_options()?)
+            .with(programs(&["hmm-hold"])?)
             .with(["--", "sh", "-c", script])
             .listening()
             .launch()

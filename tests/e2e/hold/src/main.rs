@@ -1,7 +1,7 @@
 //! Guest program: fills pages, moves them to the device, waits, reads them back.
 //!
-//! `hmm-hold PAGES READY GO`: creates the file READY once the pages are on the
-//! device, waits for the file GO, then touches every page. It keeps no
+//! `hmm-hold PAGES READY GO [DEVICE]`: creates the file READY once the pages are
+//! on the device, waits for the file GO, then touches every page. It keeps no
 //! descriptor of the device open meanwhile.
 
 use std::env;
@@ -26,8 +26,10 @@ fn main() -> ExitCode {
 
 fn hold() -> Result<(), String> {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let [pages, ready, go] = arguments.as_slice() else {
-        return Err("usage: hmm-hold PAGES READY GO".into());
+    let (pages, ready, go, device) = match arguments.as_slice() {
+        [pages, ready, go] => (pages, ready, go, "/dev/hmm0"),
+        [pages, ready, go, device] => (pages, ready, go, device.as_str()),
+        _ => return Err("usage: hmm-hold PAGES READY GO [DEVICE]".into()),
     };
     let pages: usize = pages.parse().map_err(|_| "PAGES is no number")?;
     let bytes = pages * PAGE_SIZE;
@@ -36,7 +38,7 @@ fn hold() -> Result<(), String> {
     let mut memory = HELD.repeat((bytes + PAGE_SIZE) / WORD);
     let start = (memory.as_ptr() as usize).next_multiple_of(PAGE_SIZE);
     let range = start..start + bytes;
-    let device = Device::open("/dev/hmm0").map_err(|error| error.to_string())?;
+    let device = Device::open(device).map_err(|error| error.to_string())?;
     let on_device = || -> Result<usize, String> {
         let pages = device
             .query(range.clone())

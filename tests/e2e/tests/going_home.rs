@@ -1,0 +1,113 @@
+//! Pages come home before the device goes, and a device that is lost takes only its own pages
+//! along: unplugged, dead, suspended, shut down, or left behind by kexec.
+
+#![allow(
+    missing_docs,
+    reason = "the names of the tests say what they are about"
+)]
+
+use hmm_e2e::{Result, check, programs, trial, vm};
+use libtest_mimic::Arguments;
+
+/// `hold NAME DEVICE` starts `hmm-hold` and waits until its pages are on the device; `touch_held
+/// NAME` has it touch them, and says how it ended.
+const SHELL: &str = r#"
+hold() {
+    hmm-hold 4096 /tmp/ready$1 /tmp/go$1 $2 & eval holder$1=$!
+    until [ -e /tmp/ready$1 ]; do kill -0 $! || exit 90; sleep 0.05; done
+}
+touch_held() {
+    touch /tmp/go$1; eval wait \$holder$1; echo "$1: status $?"
+}
+appears() {
+    n=0; until [ -e $1 ]; do n=$((n + 1)); [ $n -lt 600 ] || exit 91; sleep 0.05; done
+}
+vanishes() {
+    n=0; while [ -e $1 ]; do n=$((n + 1)); [ $n -lt 600 ] || exit 92; sleep 0.05; done
+}
+works() {
+    hmm-stress contract s6_every_other_page_touched --device $1 >&2 || exit 93
+}
+log() { dmesg | grep "$1" | sed 's/.*\(hmm[0-9]\)/\1/'; }
+"#;
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // Each boots a machine with as many CPUs as this one has.
+    arguments.test_threads.get_or_insert(1);
+    let trials = vec![
+        trial("unplugged_device_gives_its_pages_back", unplugged),
+        trial("dead_devices_can_be_replaced", dead_devices),
+    ];
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// What a script prints in a guest with two devices.
+fn text(options: &[&str], script: &str) -> Result<String> {
+    let run = vm(&["run", "--devices", "2", "--silence", "170s"])?
+        .with(options)
+        .with(programs(&["hmm-hold"])?)
+        .with(["--", "sh", "-c", &format!("{SHELL}{script}")])
+        .finish()?;
+    run.expect_status(0)?;
+    Ok(run.text())
+}
+
+fn unplugged() -> Result {
+    let text = text(
+        &[],
+        "hold one /dev/hmm0
+        hold two /dev/hmm1
+        hmm-host unplug 0 || exit 95
+        vanishes /dev/hmm0
+        [ ! -e /sys/kernel/debug/virtio_hmm/hmm0 ] || exit 96
+        works /dev/hmm1
+        touch_held one
+        hmm-host plug 0 || exit 97
+        appears /dev/hmm0
+        works /dev/hmm0
+        hold three /dev/hmm0
+        touch_held two
+        touch_held three
+        rmmod virtio_hmm && echo unloaded",
+    )?;
+    let all = "all 4096 pages are as they were";
+    let wanted =
+        format!("{all}\none: status 0\n{all}\ntwo: status 0\n{all}\nthree: status 0\nunloaded\n");
+    check(text == wanted, || text)
+}
+
+/// One whose daemon is gone, and one whose daemon answers nothing for longer than a request
+/// may take.
+fn dead_devices() -> Result {
+    let text = text(
+        &["--device-may-die"],
+        "echo 1000 > /sys/module/virtio_hmm/parameters/timeout_ms
+        hold one /dev/hmm0
+        hold two /dev/hmm1
+        hmm-host kill 0 || exit 95
+        hmm-host unplug 0 || exit 96
+        vanishes /dev/hmm0
+        works /dev/hmm1
+        hmm-host pause 1 5 || exit 97
+        touch_held two
+        log 'is broken'
+        # The lost pages of a process that lives keep the number.
+        hmm-host plug 0 || exit 98
+        appears /dev/hmm2
+        works /dev/hmm2
+        touch_held one
+        hmm-host unplug 1 || exit 99
+        hmm-host plug 1 || exit 100
+        n=0; until rmmod virtio_hmm 2>/dev/null; do
+            n=$((n + 1)); [ $n -lt 100 ] || exit 101; sleep 0.1
+        done
+        echo unloaded",
+    )?;
+    let lost = "a request missed its deadline; 4096 pages that were only in its memory are lost";
+    // 135 is 128 and SIGBUS.
+    let wanted = format!(
+        "two: status 135\nhmm0 is broken: {lost}\nhmm1 is broken: {lost}\none: status 135\nunloaded\n"
+    );
+    check(text == wanted, || text)
+}
