@@ -1,7 +1,7 @@
 //! What every scenario and test is given: the device, amounts, a seed, and checks.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -124,6 +124,24 @@ impl Context {
             measurements: Arc::default(),
             ..*self
         })
+    }
+
+    /// The same at another device.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub(crate) fn at(&self, path: PathBuf) -> Result<Self, Failure> {
+        Ok(Self {
+            device: Device::open(&path)?,
+            path,
+            measurements: Arc::clone(&self.measurements),
+            ..*self
+        })
+    }
+
+    /// The device's path.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The same with the device opened once more; when its memory is used up,

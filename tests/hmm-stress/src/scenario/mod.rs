@@ -1,5 +1,6 @@
 //! The stress scenarios.
 
+mod devices;
 mod exit_with_pages;
 mod fault_storm;
 mod fork_cow;
@@ -113,6 +114,12 @@ pub const ALL: &[Scenario] = &[
         about: "pages in swap stay there until they are touched (needs swap)",
         weight: 0,
         run: swapped::run,
+    },
+    Scenario {
+        name: "devices",
+        about: "pages move between two devices (needs a second one)",
+        weight: 1,
+        run: devices::run,
     },
     Scenario {
         name: "release",
