@@ -7,14 +7,17 @@
 mod atomics;
 mod core_dump;
 mod counted;
+mod exec;
 mod futex;
 mod ksm;
 mod mappings;
 mod meanwhile;
+mod own_memory;
 mod pins;
 mod private_file;
 mod protection;
 mod refused;
+mod remap;
 mod remote_access;
 mod signal_stack;
 mod soft_dirty;
@@ -75,6 +78,14 @@ pub const ALL: &[Test] = tests! {
         "signals are handled on a stack on the device, which migrates under the handler";
     atomics::run: "atomic_instructions_on_device_pages",
         "no addition of several threads is lost while the pages migrate";
+    own_memory::run: "a_process_runs_on_device_memory",
+        "program, data, heap and stack of a process migrate while it runs";
+    exec::run: "exec_from_device_memory",
+        "execve takes its arguments from device pages, and frees those of the old program";
+    remap::dont_unmap: "mremap_dontunmap",
+        "device pages move to another address, the old one is empty and can be used";
+    remap::sizes: "mremap_shorter_and_longer",
+        "device pages that are cut off are freed, the others stay where they are";
 };
 
 /// The names of all of them.
