@@ -43,6 +43,22 @@ static void vhmm_update_blocks(struct vhmm_memory *mem, unsigned long frame,
 }
 
 /*
+ * The core clears these flags of a page of RAM that is freed, and not of ours:
+ * the next page in this frame would count as locked, or be active and
+ * unevictable at once, which the core takes for a bug.
+ */
+static void vhmm_folio_forget(struct folio *folio)
+{
+	if (folio_test_clear_mlocked(folio))
+		mod_zone_page_state(folio_zone(folio), NR_MLOCK,
+				    -(long)folio_nr_pages(folio));
+	folio_clear_unevictable(folio);
+	folio_clear_active(folio);
+	folio_clear_workingset(folio);
+	folio_clear_swapbacked(folio);
+}
+
+/*
  * The last reference to a device page is gone. It may have been dropped under
  * a page-table lock, so this must not sleep.
  */
@@ -54,6 +70,7 @@ static void vhmm_folio_free(struct folio *folio)
 	unsigned long nr = folio_nr_pages(folio);
 	unsigned long flags;
 
+	vhmm_folio_forget(folio);
 	spin_lock_irqsave(&mem->lock, flags);
 	bitmap_clear(mem->used, frame, nr);
 	vhmm_update_blocks(mem, frame, nr);

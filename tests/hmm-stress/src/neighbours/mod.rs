@@ -4,24 +4,20 @@
 //! Each test needs one of these neighbours; where the kernel or the machine does not have
 //! it, the test is skipped. The tests only need root.
 
+mod advice;
 mod atomics;
 mod core_dump;
 mod counted;
-mod cpu_hotplug;
-mod exec;
 mod futex;
 mod ksm;
+mod lazyfree;
 mod mappings;
 mod meanwhile;
-mod memory_hotplug;
-mod numa;
-mod numa_balancing;
-mod own_memory;
+mod mlock;
 mod pins;
 mod private_file;
 mod protection;
 mod refused;
-mod remap;
 mod remote_access;
 mod signal_stack;
 mod soft_dirty;
@@ -38,6 +34,30 @@ pub const ALL: &[Test] = tests! {
         "KSM neither reads nor merges device pages";
     ksm::zero: "ksm_zero_pages_stay",
         "so do pages that KSM made the zero page";
+    mlock::locked: "mlocked_pages_migrate",
+        "locked pages migrate both ways and stay counted as locked";
+    mlock::lock_on_device: "mlock_of_device_pages",
+        "mlock brings pages home, MLOCK_ONFAULT locks them when they come";
+    mlock::unlock_on_device: "munlock_of_device_pages",
+        "locked device pages are unlocked, thrown away and unmapped";
+    mlock::after_active: "mlocked_pages_in_used_frames",
+        "frames keep nothing of what the kernel thought of their last page";
+    mlock::lock_all: "mlockall_with_holes",
+        "holes of locked memory are filled, and locked when they come home";
+    lazyfree::on_device: "madv_free_of_device_pages",
+        "MADV_FREE leaves device pages as they are";
+    lazyfree::migrates: "madv_free_then_migrate",
+        "pages after MADV_FREE hold old bytes or zeros, and what was written later counts";
+    advice::reclaim: "madv_cold_and_pageout",
+        "MADV_COLD, MADV_PAGEOUT and MADV_WILLNEED leave device pages where they are";
+    advice::populate: "madv_populate",
+        "MADV_POPULATE_READ and _WRITE bring device pages home";
+    advice::discard: "madv_dontneed",
+        "MADV_DONTNEED frees device pages";
+    advice::guard: "madv_guard",
+        "guard pages replace device pages and are not filled";
+    advice::collapse: "madv_collapse",
+        "MADV_COLLAPSE brings device pages home into a huge page, which travels as one";
     soft_dirty::survives: "soft_dirty_survives_migration",
         "a page written since clear_refs stays so on the device and back, others stay clean";
     pins::registered_buffers: "registered_buffers_pin_their_pages",
@@ -82,24 +102,6 @@ pub const ALL: &[Test] = tests! {
         "signals are handled on a stack on the device, which migrates under the handler";
     atomics::run: "atomic_instructions_on_device_pages",
         "no addition of several threads is lost while the pages migrate";
-    own_memory::run: "a_process_runs_on_device_memory",
-        "program, data, heap and stack of a process migrate while it runs";
-    exec::run: "exec_from_device_memory",
-        "execve takes its arguments from device pages, and frees those of the old program";
-    remap::dont_unmap: "mremap_dontunmap",
-        "device pages move to another address, the old one is empty and can be used";
-    remap::sizes: "mremap_shorter_and_longer",
-        "device pages that are cut off are freed, the others stay where they are";
-    numa::policies: "pages_come_home_to_the_node_of_their_policy",
-        "mbind and set_mempolicy hold for pages that come home, by fault and by request";
-    numa::moving: "moving_between_nodes_leaves_device_pages",
-        "move_pages, mbind and migrate_pages move pages of RAM and pass over device pages";
-    numa_balancing::run: "numa_balancing_and_migration",
-        "pages that NUMA balancing made inaccessible migrate and come back";
-    memory_hotplug::run: "memory_goes_offline_while_it_migrates",
-        "a block of memory goes offline and comes back under migrating pages";
-    cpu_hotplug::run: "cpus_go_offline_during_migration",
-        "faults and migrations go on while their CPUs go and come back";
 };
 
 /// The names of all of them.
