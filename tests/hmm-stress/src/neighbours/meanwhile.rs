@@ -10,7 +10,8 @@ use crate::failure::Failure;
 use crate::region::Region;
 use crate::require;
 
-/// Run `body` while another thread migrates the regions in each of the directions in turn.
+/// Run `body` while another thread migrates the regions in each of the directions in turn,
+/// at least once before it and once after it began.
 ///
 /// # Errors
 /// The body's, a migration's, or no page moved.
@@ -20,18 +21,25 @@ pub(super) fn meanwhile<T>(
     directions: &[Direction],
     body: impl FnOnce() -> Result<T, Failure>,
 ) -> Result<T, Failure> {
+    let round = || {
+        let mut moved = 0;
+        for region in regions {
+            for &direction in directions {
+                moved += context.migrate(region.all(), direction)?.moved;
+            }
+        }
+        Ok::<_, Failure>(moved)
+    };
+    let mut moved = round()?;
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let migrator = scope.spawn(|| {
-            let mut moved = 0;
-            while !stop.load(Ordering::Relaxed) {
-                for region in regions {
-                    for &direction in directions {
-                        moved += context.migrate(region.all(), direction)?.moved;
-                    }
+            loop {
+                moved += round()?;
+                if stop.load(Ordering::Relaxed) {
+                    return Ok::<_, Failure>(moved);
                 }
             }
-            Ok::<_, Failure>(moved)
         });
         let result = body();
         stop.store(true, Ordering::Relaxed);

@@ -8,16 +8,23 @@ mod advice;
 mod atomics;
 mod core_dump;
 mod counted;
+mod cpu_hotplug;
+mod exec;
 mod futex;
 mod ksm;
 mod lazyfree;
 mod mappings;
 mod meanwhile;
+mod memory_hotplug;
 mod mlock;
+mod numa;
+mod numa_balancing;
+mod own_memory;
 mod pins;
 mod private_file;
 mod protection;
 mod refused;
+mod remap;
 mod remote_access;
 mod signal_stack;
 mod soft_dirty;
@@ -102,6 +109,24 @@ pub const ALL: &[Test] = tests! {
         "signals are handled on a stack on the device, which migrates under the handler";
     atomics::run: "atomic_instructions_on_device_pages",
         "no addition of several threads is lost while the pages migrate";
+    own_memory::run: "a_process_runs_on_device_memory",
+        "program, data, heap and stack of a process migrate while it runs";
+    exec::run: "exec_from_device_memory",
+        "execve takes its arguments from device pages, and frees those of the old program";
+    remap::dont_unmap: "mremap_dontunmap",
+        "device pages move to another address, the old one is empty and can be used";
+    remap::sizes: "mremap_shorter_and_longer",
+        "device pages that are cut off are freed, the others stay where they are";
+    numa::policies: "pages_come_home_to_the_node_of_their_policy",
+        "mbind and set_mempolicy hold for pages that come home, by fault and by request";
+    numa::moving: "moving_between_nodes_leaves_device_pages",
+        "move_pages, mbind and migrate_pages move pages of RAM and pass over device pages";
+    numa_balancing::run: "numa_balancing_and_migration",
+        "pages that NUMA balancing made inaccessible migrate and come back";
+    memory_hotplug::run: "memory_goes_offline_while_it_migrates",
+        "a block of memory goes offline and comes back under migrating pages";
+    cpu_hotplug::run: "cpus_go_offline_during_migration",
+        "faults and migrations go on while their CPUs go and come back";
 };
 
 /// The names of all of them.
