@@ -9,6 +9,7 @@
 #include <linux/migrate.h>
 #include <linux/pagemap.h>
 
+#include "compat.h"
 #include "counters.h"
 
 struct vhmm_allocation;

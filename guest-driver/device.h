@@ -17,6 +17,7 @@
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 
+#include "compat.h"
 #include "counters.h"
 #include "queue.h"
 #include "virtio_hmm_abi.h"

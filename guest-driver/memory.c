@@ -64,7 +64,7 @@ static void vhmm_folio_forget(struct folio *folio)
  */
 static void vhmm_folio_free(struct folio *folio)
 {
-	struct vhmm_device *dev = vhmm_pgmap_device(folio->pgmap);
+	struct vhmm_device *dev = vhmm_pgmap_device(page_pgmap(&folio->page));
 	struct vhmm_memory *mem = &dev->memory;
 	unsigned long frame = vhmm_page_frame(dev, &folio->page);
 	unsigned long nr = folio_nr_pages(folio);
@@ -92,12 +92,14 @@ static void vhmm_folio_free(struct folio *folio)
 	spin_unlock_irqrestore(&mem->lock, flags);
 }
 
+VHMM_DEFINE_FOLIO_FREE(vhmm_folio_free)
+
 /*
  * No folio_split: a page finds its device through its pgmap, which the core
  * copies to the parts of a folio, and frames are freed by their number.
  */
 static const struct dev_pagemap_ops vhmm_pagemap_ops = {
-	.folio_free = vhmm_folio_free,
+	VHMM_FOLIO_FREE(vhmm_folio_free),
 	.migrate_to_ram = vhmm_migrate_to_ram,
 };
 

@@ -7,7 +7,6 @@
  * the way of get_user_pages_fast(): with interrupts off, which keeps page
  * tables from being freed, and without a lock. The answer is a snapshot.
  */
-#include <linux/leafops.h>
 #include <linux/mm.h>
 #include <linux/pgtable.h>
 
