@@ -78,7 +78,11 @@ impl Apt {
     /// there for another try until [`Self::forget`].
     pub(crate) fn unpack(&self, packages: &[String], root: &Path, report: Report) -> Result<()> {
         self.update(report)?;
-        self.download(packages, report)?;
+        let packages = packages
+            .iter()
+            .map(|package| self.newest(package))
+            .collect::<Result<Vec<_>>>()?;
+        self.download(&packages, report)?;
         unpack(&self.packages()?, root, report)
     }
 
@@ -87,8 +91,22 @@ impl Apt {
         remove_all(&self.archives)
     }
 
-    fn get(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new("apt-get");
+    /// The package whose name has the newest number where `pattern` has a `*`.
+    fn newest(&self, pattern: &str) -> Result<String> {
+        let Some((prefix, _)) = pattern.split_once('*') else {
+            return Ok(pattern.to_owned());
+        };
+        let names = capture(&mut self.command("apt-cache", &["pkgnames", prefix]))?;
+        newest_match(pattern, &names)
+            .map(ToOwned::to_owned)
+            .ok_or_else(|| Error::NoPackage {
+                pattern: pattern.to_owned(),
+                mirror: self.mirror.clone(),
+            })
+    }
+
+    fn command(&self, program: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
         let directory = self.directory.display();
         for option in [
             format!("Dir={directory}"),
@@ -105,13 +123,14 @@ impl Apt {
             "APT::Sandbox::User=root".into(),
             // A suite that cannot be fetched is an error, not a warning.
             "APT::Update::Error-Mode=any".into(),
+            "APT::Get::Assume-Yes=true".into(),
             "Acquire::Languages=none".into(),
             "Acquire::Retries=3".into(),
             "Dir::Log=/dev/null".into(),
         ] {
             command.arg("-o").arg(option);
         }
-        command.arg("-qq").arg("--yes").args(arguments);
+        command.arg("-qq").args(arguments);
         // The host's own configuration counts where it is not overridden: it may name a proxy.
         command.env("LC_ALL", "C.UTF-8");
         command
@@ -119,19 +138,15 @@ impl Apt {
 
     fn update(&self, report: Report) -> Result<()> {
         let spinner = report.spinner();
-        let result = capture(&mut self.get(&["update"]));
+        let result = capture(&mut self.command("apt-get", &["update"]));
         spinner.finish_and_clear();
         result.map(drop)
     }
 
     fn download(&self, packages: &[String], report: Report) -> Result<()> {
         let install = |option| {
-            let mut command = self.get(&[
-                "install",
-                option,
-                "--target-release",
-                self.preferred.as_str(),
-            ]);
+            let arguments = ["install", option, "--target-release", &self.preferred];
+            let mut command = self.command("apt-get", &arguments);
             command.args(packages);
             command
         };
@@ -166,6 +181,20 @@ impl Apt {
             .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
             .collect())
     }
+}
+
+/// Of the names, one a line, the one with the newest number in the place of the `*`.
+fn newest_match<'a>(pattern: &str, names: &'a str) -> Option<&'a str> {
+    let (prefix, suffix) = pattern.split_once('*')?;
+    let numbers = |name: &str| -> Option<Vec<u32>> {
+        let middle = name.strip_prefix(prefix)?.strip_suffix(suffix)?;
+        middle.split('.').map(|part| part.parse().ok()).collect()
+    };
+    names
+        .lines()
+        .filter_map(|name| Some((numbers(name)?, name)))
+        .max()
+        .map(|(_, name)| name)
 }
 
 /// Bytes in a directory and the directories in it.
@@ -270,6 +299,22 @@ mod tests {
                        http://e/debian/ bookworm contrib Debian\n\
                        http://f/debian/ bookworm main Debian\n";
         assert_eq!(choose_mirror(targets).as_deref(), Some("http://f/debian"));
+    }
+
+    #[test]
+    fn the_newest_of_a_pattern_is_found_by_number() {
+        let names = "linux-image-7.2.9-amd64\nlinux-image-7.2.12-rt-amd64\n\
+                     linux-image-7.2.12-amd64\nlinux-image-7.3.1-amd64\n";
+        let newest = |pattern| newest_match(pattern, names);
+        assert_eq!(
+            newest("linux-image-7.2.*-amd64"),
+            Some("linux-image-7.2.12-amd64")
+        );
+        assert_eq!(
+            newest("linux-image-*-amd64"),
+            Some("linux-image-7.3.1-amd64")
+        );
+        assert_eq!(newest("linux-image-6.12.*-amd64"), None);
     }
 
     #[test]

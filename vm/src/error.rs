@@ -44,6 +44,8 @@ pub enum Error {
     NotDebian(&'static str),
     #[error("no Debian mirror among this machine's apt sources: name one with --mirror URL")]
     NoMirror,
+    #[error("{mirror} has no package {pattern}, where * is any version")]
+    NoPackage { pattern: String, mirror: String },
     #[error("the toolbox holds no {0}; `cargo vm clean` and a new run make it anew")]
     Incomplete(&'static str),
     #[error(

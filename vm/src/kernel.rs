@@ -1,12 +1,12 @@
 //! The guest's kernel: where its image is, and what builds a module for it.
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
 
 use crate::error::{Error, FileContext, Result};
+use crate::named_kernel;
 use crate::process::capture;
 use crate::root::{Root, check_namespaces};
 
@@ -34,17 +34,20 @@ pub(crate) const NEEDED: [&str; 9] = [
 pub enum Choice {
     /// Debian's.
     Stock,
+    /// One of `images/kernels.toml`.
+    Named(String),
     /// A build tree of the user's.
     Tree(PathBuf),
 }
 
 impl FromStr for Choice {
-    type Err = io::Error;
+    type Err = Error;
 
-    fn from_str(text: &str) -> io::Result<Self> {
+    fn from_str(text: &str) -> Result<Self> {
         Ok(match text {
             "stock" => Self::Stock,
-            path => Self::Tree(std::path::absolute(path)?),
+            name if named_kernel::names()?.contains(name) => Self::Named(name.into()),
+            path => Self::Tree(std::path::absolute(path).at("use the kernel", path)?),
         })
     }
 }
@@ -53,6 +56,7 @@ impl std::fmt::Display for Choice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Stock => f.write_str("stock"),
+            Self::Named(name) => f.write_str(name),
             Self::Tree(path) => path.display().fmt(f),
         }
     }
@@ -120,6 +124,29 @@ impl Kernel {
                 tree.display()
             ))),
         }
+    }
+
+    /// The one that a package has put into a root directory.
+    ///
+    /// # Errors
+    /// It holds none.
+    pub(crate) fn of_root(root: &Root) -> Result<Self> {
+        let modules = root.path().join("usr/lib/modules");
+        fs::read_dir(&modules)
+            .at("read", &modules)?
+            .flatten()
+            .find_map(|entry| {
+                let release = entry.file_name().into_string().ok()?;
+                let image = entry.path().join("vmlinuz");
+                image.exists().then(|| Self {
+                    image,
+                    modules: entry.path().join("kernel"),
+                    build: Path::new("/usr/lib/modules").join(&release).join("build"),
+                    release,
+                    root: Some(root.clone()),
+                })
+            })
+            .ok_or(Error::Incomplete("kernel"))
     }
 
     /// Runs a shell script, such as make, in `directory` where this kernel's compiler is.

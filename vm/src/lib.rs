@@ -15,6 +15,7 @@ mod host;
 pub mod initramfs;
 pub mod kernel;
 pub mod machine;
+pub mod named_kernel;
 pub mod paths;
 pub mod prepare;
 pub mod process;

@@ -125,15 +125,22 @@ impl Cache {
     /// The cache cannot be written.
     pub fn lock(&self, report: Report) -> Result<File> {
         fs::create_dir_all(&self.root).at("create", &self.root)?;
-        let path = self.lock_file();
-        let file = File::create(&path).at("create", &path)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) => {
-                report.line("waiting for another run that prepares the same things");
-                flock(&file, FlockOperation::LockExclusive).at("lock", &path)?;
-            }
-            other => other.at("lock", &path)?,
-        }
-        Ok(file)
+        lock(&self.lock_file(), report)
     }
+}
+
+/// Locks a file, which it makes, until it is dropped.
+///
+/// # Errors
+/// It cannot be written.
+pub(crate) fn lock(path: &Path, report: Report) -> Result<File> {
+    let file = File::create(path).at("create", path)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => {
+            report.line("waiting for another run that prepares the same things");
+            flock(&file, FlockOperation::LockExclusive).at("lock", path)?;
+        }
+        other => other.at("lock", path)?,
+    }
+    Ok(file)
 }

@@ -18,6 +18,7 @@ use crate::error::{EXIT_TIMEOUT, Error, FileContext, Result};
 use crate::initramfs::{self, MODULE_PATH};
 use crate::kernel::{self, KERNEL_VARIABLE, Kernel};
 use crate::machine::Machine;
+use crate::named_kernel::NamedKernel;
 use crate::paths::{Cache, remove_all};
 use crate::process::shell_line;
 use crate::profile::Profile;
@@ -43,7 +44,7 @@ pub struct MachineOptions {
     /// What the machine runs on
     #[arg(long, value_enum, default_value_t = Choice::Auto, env = ACCELERATOR_VARIABLE)]
     pub accel: Choice,
-    /// The guest's kernel: stock, or the path of a build tree
+    /// The guest's kernel: stock, debug (with the kernel's own checks), another name of images/kernels.toml, or the path of a build tree
     #[arg(long, value_name = "KERNEL", default_value = "stock", env = KERNEL_VARIABLE)]
     pub kernel: kernel::Choice,
     /// Where QEMU, the stock kernel and the compiler come from
@@ -122,13 +123,6 @@ impl MachineOptions {
         profile.check()?;
         Ok(profile)
     }
-
-    fn kernel(&self, toolbox: &Toolbox) -> Result<Kernel> {
-        match &self.kernel {
-            kernel::Choice::Stock => toolbox.kernel(),
-            kernel::Choice::Tree(tree) => Kernel::of_tree(tree),
-        }
-    }
 }
 
 /// What runs in the guest.
@@ -171,8 +165,15 @@ impl Prepared {
         let toolbox = Toolbox::place(options.toolbox, &cache)?;
         let programs = Programs::locate()?;
         programs.build()?;
-        toolbox.make(&cache, options.mirror.as_deref(), report)?;
-        let kernel = options.kernel(&toolbox)?;
+        let mirror = options.mirror.as_deref();
+        toolbox.make(&cache, mirror, report)?;
+        let kernel = match &options.kernel {
+            kernel::Choice::Stock => toolbox.kernel()?,
+            kernel::Choice::Named(name) => {
+                NamedKernel::find(name, &cache)?.make(&cache, mirror, report)?
+            }
+            kernel::Choice::Tree(tree) => Kernel::of_tree(tree)?,
+        };
         let module = if options.no_device {
             None
         } else {
@@ -383,13 +384,22 @@ pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
     let profile = options.profile()?;
     let cache = Cache::locate()?;
     let toolbox = Toolbox::place(options.toolbox, &cache)?;
+    let missing = |what| {
+        Err(Error::Config(format!(
+            "there is no {what} yet; the same command without --dry-run makes it"
+        )))
+    };
     if !toolbox.is_made() {
-        return Err(Error::Config(format!(
-            "there is no toolbox in {} yet, so there is no QEMU to name; any other command makes it",
-            toolbox.identity()
-        )));
+        return missing("toolbox");
     }
-    let kernel = options.kernel(&toolbox)?;
+    let kernel = match &options.kernel {
+        kernel::Choice::Stock => toolbox.kernel()?,
+        kernel::Choice::Named(name) => match NamedKernel::find(name, &cache)?.made()? {
+            Some(kernel) => kernel,
+            None => return missing("such kernel"),
+        },
+        kernel::Choice::Tree(tree) => Kernel::of_tree(tree)?,
+    };
     let scratch = std::env::temp_dir().join("virtio-hmm-XXXXXX");
     let logs = cache.logs().join("XXXXXX");
     let mut text = String::new();

@@ -22,41 +22,53 @@ use crate::process::capture;
 use crate::profile::read_toml;
 use crate::report::Report;
 
-/// `images/toolbox.toml`.
-#[derive(Debug, Deserialize, Hash)]
+/// What a root directory is made of.
+#[derive(Clone, Debug, Deserialize, Hash)]
 #[serde(deny_unknown_fields)]
-struct Recipe {
+pub(crate) struct Recipe {
     suites: Vec<String>,
-    packages: Vec<String>,
+    pub(crate) packages: Vec<String>,
     directories: Vec<String>,
     links: BTreeMap<String, String>,
+    #[serde(default)]
     source: Source,
 }
 
-#[derive(Debug, Deserialize, Hash)]
+/// Files of the kernel's source package.
+#[derive(Clone, Debug, Default, Deserialize, Hash)]
 #[serde(deny_unknown_fields)]
 struct Source {
     package: String,
     files: Vec<String>,
 }
 
-/// The root directory of this checkout's recipe.
+/// A root directory.
 #[derive(Clone, Debug)]
 pub struct Root {
+    what: String,
+    recipe: Recipe,
     path: PathBuf,
 }
 
 impl Root {
-    /// Where it is, or will be.
+    /// Where the toolbox is, or will be.
     ///
     /// # Errors
     /// The recipe cannot be read.
-    pub fn place(cache: &Cache) -> Result<Self> {
+    pub fn of_toolbox(cache: &Cache) -> Result<Self> {
+        let what = "the toolbox (QEMU, guest kernel and headers, compiler)";
+        Ok(Self::place(what, toolbox_recipe()?, cache))
+    }
+
+    /// Where that of a recipe is, or will be; `what` tells the user what is in it.
+    pub(crate) fn place(what: &str, recipe: Recipe, cache: &Cache) -> Self {
         let mut hasher = DefaultHasher::new();
-        recipe()?.hash(&mut hasher);
-        Ok(Self {
+        recipe.hash(&mut hasher);
+        Self {
+            what: what.into(),
+            recipe,
             path: cache.toolboxes().join(format!("{:016x}", hasher.finish())),
-        })
+        }
     }
 
     /// Whether it is there. It is moved into place complete, or not at all.
@@ -78,10 +90,10 @@ impl Root {
             return Ok(());
         }
         let started = Instant::now();
-        let recipe = recipe()?;
-        let apt = Apt::new(cache, "toolbox", &recipe.suites, mirror)?;
+        let (what, recipe) = (&self.what, &self.recipe);
+        let apt = Apt::new(cache, "root", &recipe.suites, mirror)?;
         report.line(&format!(
-            "making the toolbox (QEMU, guest kernel and headers, compiler) in {} from {}",
+            "making {what} in {} from {}",
             self.path.display(),
             apt.mirror()
         ));
@@ -102,7 +114,7 @@ impl Root {
         fs::rename(&partial, &self.path).at("create", &self.path)?;
         apt.forget()?;
         report.line(&format!(
-            "the toolbox is ready, after {} s",
+            "{what} is ready, after {} s",
             started.elapsed().as_secs()
         ));
         Ok(())
@@ -159,7 +171,7 @@ pub fn fetch_checkpatch(
     directory: &Path,
     report: Report,
 ) -> Result<()> {
-    let recipe = recipe()?;
+    let recipe = toolbox_recipe()?;
     let _lock = cache.lock(report)?;
     let wanted = |name: &String| Path::new(name).file_name().map(|name| directory.join(name));
     let there = recipe
@@ -180,13 +192,7 @@ pub fn fetch_checkpatch(
         unpacked.path(),
         report,
     )?;
-    let sources = unpacked.path().join("usr/src");
-    let tarball = fs::read_dir(&sources)
-        .at("read", &sources)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|extension| extension == "xz"))
-        .ok_or(Error::Incomplete("kernel source"))?;
+    let tarball = kernel_source(unpacked.path())?;
     let patterns = recipe.source.files.iter().map(|file| format!("*/{file}"));
     capture(
         Command::new("tar")
@@ -201,7 +207,18 @@ pub fn fetch_checkpatch(
     apt.forget()
 }
 
-fn recipe() -> Result<Recipe> {
+/// The archive in an unpacked source package of the kernel.
+pub(crate) fn kernel_source(root: &Path) -> Result<PathBuf> {
+    let sources = root.join("usr/src");
+    fs::read_dir(&sources)
+        .at("read", &sources)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "xz"))
+        .ok_or(Error::Incomplete("kernel source"))
+}
+
+fn toolbox_recipe() -> Result<Recipe> {
     read_toml(&paths::checkout().join("images/toolbox.toml"))
 }
 

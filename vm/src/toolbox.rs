@@ -4,13 +4,12 @@
 //! that is made for it.
 
 use std::fmt;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use clap::ValueEnum;
 
-use crate::error::{Error, FileContext, Result};
+use crate::error::{Error, Result};
 use crate::host::{Fitting, Host, QEMU};
 use crate::kernel::Kernel;
 use crate::paths::Cache;
@@ -63,7 +62,7 @@ impl Toolbox {
                 Err(_) => {}
             }
         }
-        Root::place(cache).map(Self::Debian)
+        Root::of_toolbox(cache).map(Self::Debian)
     }
 
     /// Whether it is there.
@@ -102,7 +101,7 @@ impl Toolbox {
     pub fn kernel(&self) -> Result<Kernel> {
         match self {
             Self::Host(host) => Ok(host.kernel.clone()),
-            Self::Debian(root) => kernel_of(root),
+            Self::Debian(root) => Kernel::of_root(root),
         }
     }
 
@@ -129,23 +128,4 @@ impl Toolbox {
             Self::Debian(root) => root.path().join("usr/bin/busybox"),
         }
     }
-}
-
-fn kernel_of(root: &Root) -> Result<Kernel> {
-    let modules = root.path().join("usr/lib/modules");
-    fs::read_dir(&modules)
-        .at("read", &modules)?
-        .flatten()
-        .find_map(|entry| {
-            let release = entry.file_name().into_string().ok()?;
-            let image = entry.path().join("vmlinuz");
-            image.exists().then(|| Kernel {
-                image,
-                modules: entry.path().join("kernel"),
-                build: Path::new("/usr/lib/modules").join(&release).join("build"),
-                release,
-                root: Some(root.clone()),
-            })
-        })
-        .ok_or(Error::Incomplete("kernel"))
 }
