@@ -11,6 +11,7 @@ use crate::accelerator::remembered_kvm;
 use crate::apt::{KEYRING, host_mirror};
 use crate::error::{Result, with_sources};
 use crate::host::Host;
+use crate::named_kernel::{self, NamedKernel};
 use crate::paths::Cache;
 use crate::process::capture;
 use crate::root::{Root, check_namespaces};
@@ -80,6 +81,17 @@ pub fn run(choice: Choice, mirror: Option<&str>) -> Result<bool> {
                 }),
         ),
         Toolbox::Debian(root) => to_be_made(root, mirror, &mut line),
+    }
+    for name in named_kernel::names()? {
+        let kernel = NamedKernel::find(&name, &cache)?;
+        let state = match kernel.made()? {
+            Some(kernel) => format!("{} is made", kernel.release),
+            None => "it will be made when it is asked for".into(),
+        };
+        println!(
+            "info     kernel {name}: {state}, in {}",
+            kernel.path().display()
+        );
     }
     line("space for the cache", space(cache.root()));
     println!(

@@ -109,6 +109,14 @@ impl NamedKernel {
         })
     }
 
+    /// Directory that has it, or will have.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.build
+            .as_ref()
+            .map_or(self.root.path(), |build| &build.tree)
+    }
+
     /// The kernel, if it has been made.
     ///
     /// # Errors
