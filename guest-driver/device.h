@@ -233,6 +233,7 @@ void vhmm_peer_fetch(struct vhmm_batch *b, unsigned long nr, u8 *outcome);
 void vhmm_peer_done(struct vhmm_batch *b);
 
 /* evict.c */
+void vhmm_evict_owner(struct vhmm_batch *b, unsigned long frame);
 void vhmm_make_room(struct vhmm_batch *b, struct mm_struct *mm);
 int vhmm_release_all(struct vhmm_context *ctx, struct virtio_hmm_release *arg);
 

@@ -19,6 +19,18 @@
 /* How often to say that some still cannot be. */
 #define VHMM_EVACUATE_NOTICE	(10 * HZ)
 
+static bool vhmm_is_large_frame(struct vhmm_device *dev, unsigned long frame)
+{
+	struct page *page = pfn_to_page(vhmm_first_pfn(dev) + frame);
+
+	/*
+	 * A page that is not in use may still look like part of the large
+	 * folio it was in.
+	 */
+	return test_bit(frame, dev->memory.used) &&
+	       folio_test_large(page_folio(page));
+}
+
 /*
  * Lock and unmap the pages of a block that are in use, and put them into
  * @b->src. By frame and not by address: pages may be mapped by processes that
@@ -32,13 +44,8 @@ static unsigned long vhmm_evacuate_setup(struct vhmm_batch *b,
 	unsigned long first = vhmm_first_pfn(b->dev);
 	unsigned long frame, nr = 0;
 
-	/*
-	 * A page that is not in use may still look like part of the large
-	 * folio it was in, so only those in use are named. A large folio that
-	 * is split meanwhile is found as its pages.
-	 */
-	if (test_bit(start, mem->used) &&
-	    folio_test_large(page_folio(pfn_to_page(first + start)))) {
+	/* A large folio that is split meanwhile is found as its pages. */
+	if (vhmm_is_large_frame(b->dev, start)) {
 		if (a && READ_ONCE(mem->owner[start]) != a)
 			return 0;
 		migrate_device_range(b->src, first + start, HPAGE_PMD_NR);
@@ -79,7 +86,7 @@ unsigned long vhmm_evacuate_frames(struct vhmm_batch *b,
 		b->dst[i] = 0;
 		if (!(b->src[i] & MIGRATE_PFN_MIGRATE))
 			continue;
-		/* A large folio cannot be split here, and is tried again. */
+		/* A large folio cannot be split here, only at its address. */
 		folio = large ? folio_alloc(GFP_TRANSHUGE, HPAGE_PMD_ORDER) :
 				folio_alloc(gfp, 0);
 		if (!folio)
@@ -122,6 +129,8 @@ bool vhmm_evacuate(struct vhmm_device *dev, unsigned long timeout)
 			if (test_bit(frame / HPAGE_PMD_NR, mem->whole))
 				continue;
 			vhmm_evacuate_frames(dev->evacuation, NULL, frame);
+			if (vhmm_is_large_frame(dev, frame))
+				vhmm_evict_owner(dev->evacuation, frame);
 			cond_resched();
 		}
 		if (vhmm_device_is_broken(dev))

@@ -130,6 +130,29 @@ static unsigned long vhmm_evict(struct vhmm_batch *b,
 	return moved;
 }
 
+/**
+ * vhmm_evict_owner() - bring the pages home that went with a frame
+ * @b: working memory
+ * @frame: the frame
+ *
+ * For a large folio that RAM has no large page for: here it can be split.
+ */
+void vhmm_evict_owner(struct vhmm_batch *b, unsigned long frame)
+{
+	struct vhmm_memory *mem = &b->dev->memory;
+	struct vhmm_allocation *a;
+
+	spin_lock_irq(&mem->lock);
+	a = mem->owner[frame];
+	if (a)
+		a->users++;
+	spin_unlock_irq(&mem->lock);
+	if (a) {
+		vhmm_evict_mapped(b, a);
+		vhmm_allocation_end(a);
+	}
+}
+
 /*
  * Count the pages of the window that have to get a frame. Where it cannot be
  * known without trying, as for the copied pages of a file, they are not.

@@ -15,6 +15,9 @@
 /* Frees what its last user must not; waited for when the module is unloaded. */
 static struct workqueue_struct *vhmm_release_wq;
 
+/* How often to say what unloading waits for. */
+#define VHMM_UNMAP_NOTICE	(10 * HZ)
+
 /* A large folio of device memory is as large as one of RAM that a PMD maps. */
 #define VHMM_BLOCK_FRAMES	HPAGE_PMD_NR
 
@@ -271,8 +274,15 @@ void vhmm_memory_exit(struct vhmm_device *dev)
 		orphaned = true;
 	}
 	spin_unlock_irqrestore(&mem->lock, flags);
-	if (!orphaned)
-		vhmm_memory_unmap(mem);
+	if (orphaned)
+		return;
+	/* The module is being unloaded: it is too late to pin it. */
+	while (!wait_event_timeout(mem->empty, !vhmm_memory_used(dev),
+				   VHMM_UNMAP_NOTICE))
+		dev_notice(&dev->vdev->dev,
+			   "%lu lost pages are still mapped: unloading waits for their processes\n",
+			   vhmm_memory_used(dev));
+	vhmm_memory_unmap(mem);
 }
 
 /**

@@ -62,8 +62,11 @@ fn step(random: &mut Rng, process: usize, number: usize, alive: &[bool; PROCESSE
         12..24 => Operation::Write(generation),
         24..32 => Operation::Poke(generation),
         32..54 => Operation::ToDevice,
-        54..62 => Operation::ToRam,
-        62..67 => Operation::Query,
+        54..59 => Operation::ToRam,
+        59..61 => Operation::Release,
+        61 => Operation::ReleaseAll,
+        62..66 => Operation::Query,
+        66 => Operation::Limit([0, 8, 64, 600][random.usize(0..4)]),
         67..74 => Operation::Protect(match random.u8(0..6) {
             0 => Access::None,
             1 | 2 => Access::Read,
@@ -93,7 +96,7 @@ fn step(random: &mut Rng, process: usize, number: usize, alive: &[bool; PROCESSE
         _ => Operation::Read,
     };
     let pages = match operation {
-        Operation::Fork(_) | Operation::Exit => 0..0,
+        _ if operation.is_of_all() => 0..0,
         // No other range can become a huge page.
         Operation::Huge | Operation::Collapse => pmd(random),
         _ => pages,

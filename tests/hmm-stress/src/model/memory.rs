@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use virtio_hmm_client::{Direction, PAGE_SIZE, Skip};
+use virtio_hmm_client::{Direction, PAGE_SIZE, Residency, Skip};
 
 use super::operation::{Operation, PAGES};
 use super::state::{POKED, State, poke};
@@ -59,6 +59,9 @@ impl Memory {
             Operation::Read => self.compare(&self.state.accessible(pages.clone(), false))?,
             Operation::ToDevice => self.migrate(context, pages.clone(), Direction::ToDevice)?,
             Operation::ToRam => self.migrate(context, pages.clone(), Direction::ToSystem)?,
+            Operation::Release => release(context, &pages)?,
+            Operation::ReleaseAll => release_all(context)?,
+            Operation::Limit(pages) => limit(context, pages)?,
             Operation::Query => self.query(context, pages.clone())?,
             Operation::Protect(access) => {
                 let protection = match access {
@@ -201,6 +204,40 @@ impl Memory {
         let mut runs = self.state.runs(pages, true).into_iter();
         runs.try_for_each(|run| f(pointer(run.start), run.len() * PAGE_SIZE))
     }
+}
+
+/// Steps follow each other, so nothing brings pages back meanwhile.
+fn release(context: Option<&Context>, pages: &Range<usize>) -> Result<(), Failure> {
+    let Some(context) = context else {
+        return Ok(());
+    };
+    counts().operations.fetch_add(1, Ordering::Relaxed);
+    context.device.release(addresses(pages))?;
+    let seen = context.device.query(addresses(pages))?;
+    require!(
+        !seen.contains(&Residency::Device),
+        "released pages are on the device"
+    );
+    Ok(())
+}
+
+fn release_all(context: Option<&Context>) -> Result<(), Failure> {
+    let Some(context) = context else {
+        return Ok(());
+    };
+    counts().operations.fetch_add(1, Ordering::Relaxed);
+    context.device.release_all()?;
+    let used = context.device.limit()?.used;
+    require!(used == 0, "{used} bytes are used after all was released");
+    Ok(())
+}
+
+fn limit(context: Option<&Context>, pages: u64) -> Result<(), Failure> {
+    if let Some(context) = context {
+        let bytes = (pages > 0).then_some(pages * PAGE_SIZE as u64);
+        context.device.set_limit(bytes)?;
+    }
+    Ok(())
 }
 
 fn done(call: &'static str, result: libc::c_int) -> Result<(), Failure> {

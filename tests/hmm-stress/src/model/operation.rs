@@ -26,6 +26,12 @@ pub enum Operation {
     ToDevice,
     /// Migrate to RAM.
     ToRam,
+    /// Bring home whatever is on the device.
+    Release,
+    /// Bring home all that this process has brought to the device.
+    ReleaseAll,
+    /// Let this process have so many pages on the device, 0 for as many as it likes.
+    Limit(u64),
     /// Compare where the pages are with where they may be.
     Query,
     /// Change what may be done with mapped pages.
@@ -50,6 +56,17 @@ pub enum Operation {
     Fork(usize),
     /// End, with whatever is on the device.
     Exit,
+}
+
+impl Operation {
+    /// Whether it concerns the whole process, and has no pages of its own.
+    #[must_use]
+    pub fn is_of_all(self) -> bool {
+        matches!(
+            self,
+            Self::ReleaseAll | Self::Limit(_) | Self::Fork(_) | Self::Exit
+        )
+    }
 }
 
 /// One operation of one process.
@@ -88,6 +105,9 @@ impl fmt::Display for Step {
             Operation::Poke(generation) => ("poke", Some(generation.to_string())),
             Operation::ToDevice => ("to-device", None),
             Operation::ToRam => ("to-ram", None),
+            Operation::Release => ("release", None),
+            Operation::ReleaseAll => ("release-all", None),
+            Operation::Limit(pages) => ("limit", Some(pages.to_string())),
             Operation::Query => ("query", None),
             Operation::Protect(Access::None) => ("protect", Some("none".into())),
             Operation::Protect(Access::Read) => ("protect", Some("read".into())),
@@ -124,7 +144,7 @@ fn parse(line: &str) -> Option<Step> {
     let process = words.next()?.parse().ok().filter(|&n| n < PROCESSES)?;
     let verb = words.next()?;
     let pages = match verb {
-        "fork" | "exit" => 0..0,
+        "fork" | "exit" | "release-all" | "limit" => 0..0,
         _ => {
             let (start, end) = words.next()?.split_once("..")?;
             start.parse().ok()?..end.parse().ok()?
@@ -136,6 +156,9 @@ fn parse(line: &str) -> Option<Step> {
         "poke" => Operation::Poke(words.next()?.parse().ok()?),
         "to-device" => Operation::ToDevice,
         "to-ram" => Operation::ToRam,
+        "release" => Operation::Release,
+        "release-all" => Operation::ReleaseAll,
+        "limit" => Operation::Limit(words.next()?.parse().ok()?),
         "query" => Operation::Query,
         "protect" => Operation::Protect(match words.next()? {
             "none" => Access::None,
@@ -157,23 +180,18 @@ fn parse(line: &str) -> Option<Step> {
         "huge" => Operation::Huge,
         "small" => Operation::Small,
         "collapse" => Operation::Collapse,
-        "fork" => {
-            return words
+        "fork" => Operation::Fork(
+            words
                 .next()?
                 .parse()
                 .ok()
-                .filter(|&child| child < PROCESSES && words.next().is_none())
-                .map(|child| Step {
-                    process,
-                    operation: Operation::Fork(child),
-                    pages,
-                });
-        }
+                .filter(|&child| child < PROCESSES)?,
+        ),
         "exit" => Operation::Exit,
         _ => return None,
     };
     let complete = words.next().is_none();
-    let in_memory = verb == "exit" || (pages.start < pages.end && pages.end <= PAGES);
+    let in_memory = operation.is_of_all() || (pages.start < pages.end && pages.end <= PAGES);
     (complete && in_memory).then_some(Step {
         process,
         operation,
@@ -211,7 +229,8 @@ mod tests {
                     0 protect 1..2 none\n0 protect 1..2 read\n0 protect 1..2 write\n\
                     0 unmap 5..6\n0 map 5..6\n0 move 0..512 512\n0 discard 1..2\n\
                     0 swap-out 1..2\n0 huge 1..2\n0 small 1..2\n0 collapse 1..2\n\
-                    0 query 1..2\n3 fork 1\n1 exit\n0 read 0..1024";
+                    0 query 1..2\n3 fork 1\n1 exit\n0 read 0..1024\n\
+                    0 release 1..2\n0 release-all\n0 limit 600";
         let script = read_script(&format!("# a comment\n\n{text}\n")).unwrap();
         let lines: Vec<String> = script.iter().map(Step::to_string).collect();
         assert_eq!(lines.join("\n"), text);
@@ -238,6 +257,10 @@ mod tests {
             "0 fork 4",
             "0 fork 1 2",
             "0 exit 1",
+            "0 release",
+            "0 release-all 0..1",
+            "0 limit",
+            "0 limit -1",
             "0 jump 0..1",
         ] {
             assert!(line.parse::<Step>().is_err(), "{line}");

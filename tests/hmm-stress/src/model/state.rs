@@ -172,6 +172,9 @@ impl State {
             }),
             Operation::Huge | Operation::Collapse => self.huge = true,
             Operation::ToRam
+            | Operation::Release
+            | Operation::ReleaseAll
+            | Operation::Limit(_)
             | Operation::Query
             | Operation::SwapOut
             | Operation::Small
