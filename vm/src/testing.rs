@@ -23,6 +23,8 @@ use crate::toolbox::TOOLBOX_VARIABLE;
 const VM_TESTS: &str = "hmm-e2e";
 /// Variable that tells these tests where this tool is.
 pub const TOOL_VARIABLE: &str = "VIRTIO_HMM_TOOL";
+/// Variable that tells them where the kernel's image is.
+pub const IMAGE_VARIABLE: &str = "VIRTIO_HMM_IMAGE";
 /// Variable that tells them where the kernel's own modules are.
 pub const MODULES_VARIABLE: &str = "VIRTIO_HMM_MODULES";
 
@@ -136,6 +138,7 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
         .env(ACCELERATOR_VARIABLE, prepared.accelerator().to_string())
         .env(TOOLBOX_VARIABLE, options.toolbox.to_string())
         .env(KERNEL_VARIABLE, options.kernel.to_string())
+        .env(IMAGE_VARIABLE, &prepared.kernel().image)
         .env(MODULES_VARIABLE, &prepared.kernel().modules);
     tally.add(cargo_test(&mut tests)?);
 

@@ -12,7 +12,7 @@ use hmm_vm::build::Programs;
 use hmm_vm::daemon::{Counters, counters};
 use hmm_vm::error::with_sources;
 use hmm_vm::testing::TOOL_VARIABLE;
-use libtest_mimic::{Failed, Trial};
+use libtest_mimic::{Completion, Failed, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -40,6 +40,21 @@ impl<E: std::error::Error> From<E> for Failure {
 pub fn trial(name: &str, body: impl FnOnce() -> Result + Send + 'static) -> Trial {
     Trial::test(name, move || {
         body().map_err(|Failure(text)| Failed::from(text))
+    })
+    .with_kind(NEEDS_VM)
+    .with_ignored_flag(true)
+}
+
+/// A test that boots a VM, and says what is missing if it cannot run on this kernel.
+#[must_use]
+pub fn skippable_trial(
+    name: &str,
+    body: impl FnOnce() -> Result<Option<String>> + Send + 'static,
+) -> Trial {
+    Trial::ignorable_test(name, move || match body() {
+        Ok(None) => Ok(Completion::Completed),
+        Ok(Some(missing)) => Ok(Completion::ignored_with(missing)),
+        Err(Failure(text)) => Err(Failed::from(text)),
     })
     .with_kind(NEEDS_VM)
     .with_ignored_flag(true)
@@ -355,6 +370,19 @@ impl Finished {
     #[must_use]
     pub fn errors(&self) -> String {
         String::from_utf8_lossy(&self.output.stderr).into_owned()
+    }
+
+    /// The guest's kernel log, of a run that failed.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub fn console(&self) -> Result<String> {
+        let errors = self.errors();
+        let path = errors
+            .split_once("(all of it: ")
+            .and_then(|(_, rest)| rest.split_once(')'));
+        let (path, _) = path.ok_or_else(|| Failure(format!("no log in {errors}")))?;
+        Ok(String::from_utf8_lossy(&fs::read(path)?).into_owned())
     }
 
     /// Checks its exit status.

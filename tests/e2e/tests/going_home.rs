@@ -6,7 +6,10 @@
     reason = "the names of the tests say what they are about"
 )]
 
-use hmm_e2e::{Result, check, programs, trial, vm};
+use std::env;
+
+use hmm_e2e::{Daemon, Result, check, programs, skippable_trial, trial, vm};
+use hmm_vm::testing::IMAGE_VARIABLE;
 use libtest_mimic::Arguments;
 
 /// `hold NAME DEVICE` starts `hmm-hold` and waits until its pages are on the device; `touch_held
@@ -28,6 +31,7 @@ vanishes() {
 works() {
     hmm-stress contract s6_every_other_page_touched --device $1 >&2 || exit 93
 }
+counter() { sed -n "s/^$1 //p" /sys/kernel/debug/virtio_hmm/hmm0/counters; }
 log() { dmesg | grep "$1" | sed 's/.*\(hmm[0-9]\)/\1/'; }
 "#;
 
@@ -38,6 +42,8 @@ fn main() {
     let trials = vec![
         trial("unplugged_device_gives_its_pages_back", unplugged),
         trial("dead_devices_can_be_replaced", dead_devices),
+        skippable_trial("pages_come_home_before_sleep_and_reboot", sleep),
+        skippable_trial("pages_come_home_before_kexec_and_power_off", kexec),
     ];
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -110,4 +116,108 @@ fn dead_devices() -> Result {
         "two: status 135\nhmm0 is broken: {lost}\nhmm1 is broken: {lost}\none: status 135\nunloaded\n"
     );
     check(text == wanted, || text)
+}
+
+/// Frames that came from the device after the guest has printed how many did before.
+fn last_frames(daemon: &Daemon, text: &str) -> Result<u64> {
+    let before = text
+        .lines()
+        .filter_map(|line| {
+            line.split_once("frames so far: ")?
+                .1
+                .trim()
+                .parse::<u64>()
+                .ok()
+        })
+        .next_back()
+        .unwrap_or(u64::MAX);
+    Ok(daemon.counters()?.from_device.frames.saturating_sub(before))
+}
+
+/// Suspend to RAM, and hibernation up to the image, for which there is no disk. The guest says
+/// everything in its kernel's log: after that its ports do not open again, for Linux 7.3 asks the
+/// host for their state before it can take the answer.
+fn sleep() -> Result<Option<String>> {
+    let script = "grep -q mem /sys/power/state && [ -e /sys/power/pm_test ] || exit 77
+        say() { echo \"e2e: $*\" > /dev/kmsg; }
+        asleep() {
+            hold $1 /dev/hmm0
+            before=$(counter pages_evacuated)
+            echo $2 > /sys/power/pm_test
+            echo $3 > /sys/power/state || say $1: no sleep
+            evacuated=$(($(counter pages_evacuated) - before))
+            [ $evacuated -ge 4096 ] || say $1: only $evacuated came home
+            works /dev/hmm0 2>/dev/null
+            touch_held $1 > /tmp/end
+            say $(cat /tmp/end)
+        }
+        asleep hibernation_freezer freezer disk
+        hmm-host wake || say no wake
+        asleep suspend none mem
+        asleep hibernation_devices devices disk
+        hold last /dev/hmm0
+        say frames so far: $(counter from_device_frames)
+        # The firmware forgets how to power off when it wakes up.
+        reboot -f";
+    let daemon = Daemon::start()?;
+    let run = vm(&["run", "--silence", "170s"])?
+        .with(daemon.options())
+        .with(programs(&["hmm-hold"])?)
+        .with(["--", "sh", "-c", &format!("{SHELL}{script}")])
+        .finish()?;
+    if run.status() == 77 {
+        return Ok(Some("this kernel has no suspend or no pm_test".into()));
+    }
+    run.expect_status(125)?;
+    run.expect_error("powered off before its command ended")?;
+    let console = run.console()?;
+    let said: Vec<&str> = console
+        .lines()
+        .filter_map(|line| Some(line.split_once("e2e: ")?.1.trim_end()))
+        .filter(|line| !line.starts_with("frames"))
+        .collect();
+    let wanted = ["hibernation_freezer", "suspend", "hibernation_devices"]
+        .map(|name| format!("{name}: status 0"));
+    check(said == wanted, || format!("{said:#?}\n{console}"))?;
+    let frames = last_frames(&daemon, &console)?;
+    check(frames >= 4096, || {
+        format!("{frames} frames came home before the reboot")
+    })?;
+    Ok(None)
+}
+
+fn kexec() -> Result<Option<String>> {
+    let script = "
+        if grep -q hmm.again /proc/cmdline; then
+            echo second kernel
+            works /dev/hmm0
+            hold last /dev/hmm0
+            echo frames so far: $(counter from_device_frames)
+            sleep 1
+            poweroff -f
+        fi
+        mv vmlinuz bzImage /tmp 2>/dev/null
+        (cd / && find . -xdev | cpio -o -H newc 2>/dev/null) > /tmp/initramfs
+        hold first /dev/hmm0
+        hmm-kexec /tmp/[vb]* /tmp/initramfs \"$(cat /proc/cmdline) hmm.again\" || exit 77";
+    let daemon = Daemon::start()?;
+    let run = vm(&["run", "--silence", "170s"])?
+        .with(daemon.options())
+        .with(["--with".into(), env::var(IMAGE_VARIABLE)?])
+        .with(programs(&["hmm-hold", "hmm-kexec"])?)
+        .with(["--", "sh", "-c", &format!("{SHELL}{script}")])
+        .finish()?;
+    if run.status() == 77 {
+        return Ok(Some(run.errors()));
+    }
+    run.expect_status(125)?;
+    run.expect_error("powered off before its command ended")?;
+    let text = run.text();
+    check(text.contains("second kernel"), || text.clone())?;
+    // Those of the first kernel are not among the second's counters either.
+    let frames = last_frames(&daemon, &text)?;
+    check(frames >= 2 * 4096, || {
+        format!("{frames} frames came home before kexec and power off")
+    })?;
+    Ok(None)
 }
