@@ -267,7 +267,7 @@ impl Context {
     /// Compare every byte of `pages` with the generation that each should hold.
     ///
     /// # Errors
-    /// The first mismatch; all are counted.
+    /// The first mismatch; all are counted but those of pages that were lost.
     pub fn check(
         &self,
         region: &Region,
@@ -280,7 +280,8 @@ impl Context {
         let mut first: Option<Mismatch> = None;
         for page in pages {
             if let Err(mismatch) = region.check(page, generation(page)) {
-                counts().mismatches.fetch_add(1, Ordering::Relaxed);
+                let wrong = u64::from(!region.is_lost(page));
+                counts().mismatches.fetch_add(wrong, Ordering::Relaxed);
                 first.get_or_insert(mismatch);
             }
         }

@@ -9,6 +9,7 @@ use virtio_hmm_client::PAGE_SIZE;
 
 use crate::failure::Failure;
 use crate::pattern::{Mismatch, Pattern, WORDS, first_difference};
+use crate::shared::LOST;
 
 /// Pages in 2 MiB, what one page-table page or one huge page covers.
 pub const PMD_PAGES: usize = 512;
@@ -193,6 +194,13 @@ impl Region {
             }
         }
         Ok(())
+    }
+
+    /// Whether `page` was lost, which whoever touched it was told by SIGBUS.
+    #[must_use]
+    pub fn is_lost(&self, page: usize) -> bool {
+        let mut words = self.words(page).iter();
+        words.all(|word| word.load(Ordering::Relaxed) == LOST)
     }
 
     /// Change what may be done with `pages`. An access that is not allowed ends the

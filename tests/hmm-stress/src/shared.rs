@@ -6,6 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::failure::Failure;
 
+/// What every word of a page that was lost holds after its SIGBUS.
+pub const LOST: u64 = u64::from_ne_bytes(*b"was lost");
+
 /// Counts of this process and of all its children.
 #[derive(Debug, Default)]
 pub struct Shared {
@@ -80,8 +83,8 @@ pub(crate) fn install(
     Ok(())
 }
 
-/// Count the signal and put a zero page where the lost one was, so that the access
-/// goes on and the scenario can report.
+/// Count the signal and put a page full of [`LOST`] where the lost one was, so that the
+/// access goes on and the scenario can report.
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     counts().sigbus.fetch_add(1, Ordering::Relaxed);
     // SAFETY: the kernel passes a valid siginfo. The page at the address was lost, so
@@ -100,5 +103,10 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     if memory == libc::MAP_FAILED {
         // SAFETY: _exit may be called from a signal handler.
         unsafe { libc::_exit(1) }
+    }
+    let words = memory.cast::<u64>();
+    for word in 0..virtio_hmm_client::PAGE_SIZE / size_of::<u64>() {
+        // SAFETY: the page is new, and has that many words.
+        unsafe { words.add(word).write_volatile(LOST) };
     }
 }
