@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -216,6 +217,23 @@ impl Running {
         Ok(())
     }
 
+    /// Writes a line to its standard input, and returns the next line of its output.
+    ///
+    /// # Errors
+    /// It reads no more, or its output ends.
+    pub fn ask(&mut self, question: &str) -> Result<String> {
+        let stdin = self.child.stdin.as_mut();
+        stdin
+            .ok_or_else(|| Failure("standard input is closed".into()))?
+            .write_all(format!("{question}\n").as_bytes())?;
+        let mut answer = String::new();
+        if self.stdout.read_line(&mut answer)? == 0 {
+            let error = self.stderr_text();
+            return Err(Failure(format!("no answer to {question:?}: {error}")));
+        }
+        Ok(answer.trim_end().to_owned())
+    }
+
     /// Writes to its standard input, which then ends.
     ///
     /// # Errors
@@ -420,6 +438,14 @@ impl Daemon {
     /// # Errors
     /// It does not start.
     pub fn start() -> Result<Self> {
+        Self::start_with(&[])
+    }
+
+    /// Starts it with further options.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_with(options: &[&str]) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("e2e").tempdir()?;
         let child = Command::new(Programs::locate()?.daemon())
             .arg("--socket-path")
@@ -428,6 +454,7 @@ impl Daemon {
             .arg(directory.path().join("control"))
             .arg("--memory-size=256M")
             .arg("--copy-queues=2")
+            .args(options)
             .stdin(Stdio::null())
             .stderr(fs::File::create(directory.path().join("log"))?)
             .spawn()?;
@@ -458,6 +485,21 @@ impl Daemon {
     /// It does not answer.
     pub fn counters(&self) -> Result<Counters> {
         Ok(counters(&self.control())?)
+    }
+
+    /// Sends a request to its control socket and returns the reply.
+    ///
+    /// # Errors
+    /// It does not answer, or with an error.
+    pub fn ask(&self, request: &serde_json::Value) -> Result<serde_json::Value> {
+        let mut stream = UnixStream::connect(self.control())?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(format!("{request}\n").as_bytes())?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line)?;
+        let reply: serde_json::Value = serde_json::from_str(&line)?;
+        check(reply.get("error").is_none(), || line)?;
+        Ok(reply)
     }
 
     /// Whether device memory holds these bytes anywhere.
