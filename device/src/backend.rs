@@ -22,6 +22,7 @@ use crate::{
     counters::Counters,
     engine::Engine,
     inject::Injector,
+    link::Link,
     processor::Processor,
     request::QueueKind,
     stop::Stop,
@@ -57,9 +58,11 @@ impl Backend {
         engine: &Engine,
         counters: &Arc<Counters>,
         injector: &Arc<Injector>,
+        link: Option<Link>,
         stop: Arc<Stop>,
     ) -> io::Result<Self> {
         let copy_queues = u32::from(config.copy_queues);
+        let link = link.map(Arc::new);
         let queues = (0..VIRTIO_HMM_QUEUE_COPY + copy_queues).map(|index| {
             let kind = match index {
                 VIRTIO_HMM_QUEUE_CONTROL => Some(QueueKind::Control),
@@ -69,7 +72,8 @@ impl Backend {
             let worker = kind.map(|kind| {
                 let processor = Processor::new(kind, engine.clone(), Arc::clone(counters));
                 let (counters, injector) = (Arc::clone(counters), Arc::clone(injector));
-                Worker::new(index, mem.clone(), processor, counters, injector).map(Mutex::new)
+                let (mem, link) = (mem.clone(), link.clone());
+                Worker::new(index, mem, processor, counters, injector, link).map(Mutex::new)
             });
             Ok(Queue {
                 worker: worker.transpose()?,
@@ -205,6 +209,7 @@ mod tests {
             &Engine::new(Arc::new(Memory::new(2 << 20, false).unwrap())),
             &session.counters,
             &Arc::new(Injector::new(0, &[], 2).unwrap()),
+            None,
             Arc::new(Stop::new().unwrap()),
         )
         .unwrap();

@@ -4,8 +4,8 @@
 //! and from it and knows nothing of virtio, [`chain`], [`request`] and [`processor`]
 //! turn descriptor chains into copies, a [`worker`] serves one queue, [`backend`]
 //! has one for each, [`server`] serves one VM after another, and [`control`] is the
-//! control plane, on which the data plane never waits. [`rule`] and [`inject`] say
-//! what goes wrong on purpose.
+//! control plane, on which the data plane never waits. [`link`] says how long a
+//! copy takes over a modelled link, [`rule`] and [`inject`] what goes wrong on purpose.
 pub mod abi;
 pub mod backend;
 pub mod chain;
@@ -13,6 +13,7 @@ pub mod control;
 pub mod counters;
 pub mod engine;
 pub mod inject;
+pub mod link;
 pub mod memory;
 pub mod processor;
 pub mod request;

@@ -1,14 +1,15 @@
 //! The daemon's command line.
 
-use std::{os::fd::RawFd, path::PathBuf, process::ExitCode};
+use std::{os::fd::RawFd, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{ArgGroup, Parser};
 use tracing::level_filters::LevelFilter;
 use vhost_device_hmm::{
     ErrorChain,
+    link::{self, LEAST_BANDWIDTH},
     rule::Rule,
     server::{Config, Endpoint, Error, MAX_COPY_QUEUES, Server},
-    units::parse_size,
+    units::{parse_size, parse_time},
 };
 
 const NAME: &str = env!("CARGO_PKG_NAME");
@@ -60,6 +61,12 @@ struct Args {
     /// Allocate device memory at the start, not on first use
     #[arg(long)]
     prefault: bool,
+    /// Bytes a second that copies take each way, at least 1M; suffixes K, M, G, T
+    #[arg(long, value_name = "SIZE", value_parser = parse_bandwidth)]
+    bandwidth: Option<u64>,
+    /// Time that each copy request takes besides, such as 10us
+    #[arg(long, value_name = "TIME", default_value = "0us", value_parser = parse_time)]
+    latency: Duration,
     /// Let something go wrong on purpose; can be repeated
     #[arg(long, value_name = "RULE", long_help = INJECT_HELP)]
     inject: Vec<Rule>,
@@ -74,6 +81,14 @@ struct Args {
     print_capabilities: bool,
 }
 
+fn parse_bandwidth(text: &str) -> Result<u64, String> {
+    let bandwidth = parse_size(text)?;
+    if bandwidth < LEAST_BANDWIDTH {
+        return Err("less than 1M".into());
+    }
+    Ok(bandwidth)
+}
+
 fn serve(args: Args) -> Result<(), Error> {
     let endpoint = match (args.fd, args.socket_path) {
         (Some(fd), _) => Endpoint::Fd(fd),
@@ -85,6 +100,10 @@ fn serve(args: Args) -> Result<(), Error> {
         copy_queues: args.copy_queues,
         control_socket: args.control_socket,
         prefault: args.prefault,
+        link: link::Config {
+            bandwidth: args.bandwidth,
+            latency: args.latency,
+        },
         inject: args.inject,
         inject_seed: args.inject_seed.unwrap_or_else(|| fastrand::u64(..)),
     })?;

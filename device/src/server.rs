@@ -26,6 +26,7 @@ use crate::{
     control::{self, Control},
     engine::Engine,
     inject::Injector,
+    link,
     memory::{self, Memory},
     rule::{self, Rule},
     session::Shared,
@@ -58,6 +59,8 @@ pub struct Config {
     pub control_socket: Option<PathBuf>,
     /// Whether to allocate the memory before it is used.
     pub prefault: bool,
+    /// The link to the device that is modelled.
+    pub link: link::Config,
     /// Faults on purpose.
     pub inject: Vec<Rule>,
     /// What decides where they strike.
@@ -102,6 +105,7 @@ struct Service {
     listener: UnixListener,
     engine: Engine,
     injector: Arc<Injector>,
+    link: link::Config,
     shared: Arc<Shared>,
     stop: Arc<Stop>,
 }
@@ -149,6 +153,7 @@ impl Server {
                 listener,
                 engine,
                 injector,
+                link: config.link,
                 shared,
                 stop,
             },
@@ -211,6 +216,7 @@ impl Service {
             &self.engine,
             &session.counters,
             &self.injector,
+            self.link.link(),
             Arc::clone(&self.stop),
         )?);
         // The library never closes the event that it offers for ending workers.

@@ -1,9 +1,9 @@
-//! Takes requests from one ring and answers them: at once, unless something is
-//! wrong on purpose.
+//! Takes requests from one ring and answers them: at once, unless a link is
+//! modelled or something is wrong on purpose.
 
 use std::{
-    collections::BTreeMap,
-    io,
+    collections::{BTreeMap, VecDeque},
+    hint, io,
     os::fd::{AsRawFd, RawFd},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
@@ -19,12 +19,17 @@ use crate::{
     ErrorChain,
     counters::Counters,
     inject::{Injector, Strike},
+    link::Link,
     processor::{self, Answer, Flaws, Processor},
     rule::{Fault, Share},
 };
 
 /// How often a worker that may do nothing looks whether it may again.
 const LOOK: Duration = Duration::from_millis(10);
+
+/// How long before its time a worker waits awake for the end of a modelled
+/// transfer. To be woken takes about as long.
+const AWAKE: Duration = Duration::from_micros(60);
 
 /// Why a queue stops until it is set up anew.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +47,14 @@ pub enum Error {
 
 type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
 
+/// What is done later.
+enum Held {
+    /// All of a request.
+    Request(Chain),
+    /// The answer to one that is executed, whose chain begins at this head.
+    Answer(u16, Answer),
+}
+
 /// Serves one queue.
 pub struct Worker {
     queue: u32,
@@ -49,12 +62,18 @@ pub struct Worker {
     processor: Processor,
     counters: Arc<Counters>,
     injector: Arc<Injector>,
+    link: Option<Arc<Link>>,
+    /// When requests arrived that are not yet taken: all before this place in
+    /// the ring, at this time.
+    arrivals: VecDeque<(u16, Instant)>,
+    /// When the one arrived that was taken last.
+    arrived: Instant,
     /// A broken ring.
     stopped: bool,
     /// The number of cures when the queue was stalled.
     stalled: Option<u64>,
-    /// Requests that are executed later, by time and order.
-    held: BTreeMap<(Instant, u64), Chain>,
+    /// What is done later, by time and order.
+    held: BTreeMap<(Instant, u64), Held>,
     holds: u64,
     /// The one that waits for another to overtake it, and how long.
     overtaken: Option<(Instant, Chain)>,
@@ -73,6 +92,7 @@ impl Worker {
         processor: Processor,
         counters: Arc<Counters>,
         injector: Arc<Injector>,
+        link: Option<Arc<Link>>,
     ) -> io::Result<Self> {
         Ok(Self {
             queue,
@@ -80,6 +100,9 @@ impl Worker {
             processor,
             counters,
             injector,
+            link,
+            arrivals: VecDeque::new(),
+            arrived: Instant::now(),
             stopped: false,
             stalled: None,
             held: BTreeMap::new(),
@@ -107,11 +130,16 @@ impl Worker {
             }
             match self.step(&mut state) {
                 Ok(true) => {}
-                Ok(false) => break,
+                Ok(false) => {
+                    drop(state);
+                    if !self.wait_awake() {
+                        break;
+                    }
+                }
                 Err(e) => self.break_off(&e),
             }
         }
-        if self.armed || self.injector.active() {
+        if self.armed || self.may_hold() {
             self.arm();
         }
     }
@@ -127,6 +155,7 @@ impl Worker {
             self.break_off(&e);
         }
         self.held.clear();
+        self.arrivals.clear();
         self.overtaken = None;
         self.stopped = false;
         self.stalled = None;
@@ -140,16 +169,22 @@ impl Worker {
     /// Processes the next request. Returns whether there may be another.
     fn step(&mut self, state: &mut VringState) -> Result<bool, Error> {
         let flawed = self.injector.active();
-        if flawed {
-            if self.idle() {
-                return Ok(false);
-            }
+        if flawed && self.idle() {
+            return Ok(false);
+        }
+        if flawed || self.link.is_some() {
             self.release(state, Some(Instant::now()))?;
         }
         let mem = self.mem.memory();
         let queue = state.get_queue_mut();
-        let pending = queue.avail_idx(&*mem, Ordering::Acquire)?.0 != queue.next_avail();
-        if !pending {
+        let (available, next) = (
+            queue.avail_idx(&*mem, Ordering::Acquire)?.0,
+            queue.next_avail(),
+        );
+        if self.link.is_some() {
+            self.note_arrivals(available, next);
+        }
+        if available == next {
             // Until now the driver need not have notified; this also looks
             // whether it made something available just before.
             return Ok(state.enable_notification()?);
@@ -165,6 +200,39 @@ impl Worker {
         }
         self.execute(state, chain, None)?;
         Ok(true)
+    }
+
+    /// Finds out when the request arrived that is `next`, now that those before
+    /// `available` have.
+    fn note_arrivals(&mut self, available: u16, next: u16) {
+        let now = Instant::now();
+        if self.arrivals.back().map_or(next, |(end, _)| *end) != available {
+            self.arrivals.push_back((available, now));
+        }
+        while self.arrivals.front().is_some_and(|(end, _)| *end == next) {
+            self.arrivals.pop_front();
+        }
+        self.arrived = self.arrivals.front().map_or(now, |(_, arrival)| *arrival);
+    }
+
+    /// Whether anything is ever done later.
+    fn may_hold(&self) -> bool {
+        self.link.is_some() || self.injector.active()
+    }
+
+    /// Waits for what is due very soon. Returns whether there was any.
+    fn wait_awake(&self) -> bool {
+        let first = self.held.first_key_value();
+        let Some(((due, _), Held::Answer(..))) = first else {
+            return false;
+        };
+        if due.saturating_duration_since(Instant::now()) > AWAKE {
+            return false;
+        }
+        while Instant::now() < *due {
+            hint::spin_loop();
+        }
+        true
     }
 
     /// Whether the queue may not be served.
@@ -196,8 +264,7 @@ impl Worker {
         debug!("queue {}: {} injected", self.queue, fault.name());
         match fault {
             Fault::Delay(time) => {
-                self.held.insert((Instant::now() + time, self.holds), chain);
-                self.holds += 1;
+                self.hold(Instant::now() + time, Held::Request(chain));
             }
             Fault::Reorder(time) => self.overtaken = Some((Instant::now() + time, chain)),
             Fault::Stall | Fault::Dead => {
@@ -241,8 +308,13 @@ impl Worker {
             .first_entry()
             .filter(|first| is_due(first.key().0))
         {
-            let chain = first.remove();
-            self.complete(state, chain, None)?;
+            match first.remove() {
+                Held::Request(chain) => {
+                    self.arrived = Instant::now();
+                    self.complete(state, chain, None)?;
+                }
+                Held::Answer(head, answer) => self.answer(state, head, answer)?,
+            }
         }
         match self.overtaken.take_if(|(due, _)| is_due(*due)) {
             Some((_, chain)) => self.execute(state, chain, Some(None)),
@@ -263,10 +335,22 @@ impl Worker {
             injector: &self.injector,
             strike,
         });
-        match self.processor.process(&mem, chain, flaws)? {
-            Some(answer) => self.answer(state, head, answer),
-            None => Ok(()),
+        let Some(answer) = self.processor.process(&mem, chain, flaws)? else {
+            return Ok(());
+        };
+        if let Some(link) = &self.link
+            && let Some(operation) = answer.operation.filter(|operation| operation.is_copy())
+        {
+            let due = link.done(operation, answer.frames, self.arrived);
+            self.hold(due, Held::Answer(head, answer));
+            return Ok(());
         }
+        self.answer(state, head, answer)
+    }
+
+    fn hold(&mut self, due: Instant, held: Held) {
+        self.held.insert((due, self.holds), held);
+        self.holds += 1;
     }
 
     fn answer(&self, state: &mut VringState, head: u16, answer: Answer) -> Result<(), Error> {
@@ -284,7 +368,14 @@ impl Worker {
         let next = if self.idle() {
             Some(LOOK)
         } else {
-            let held = self.held.first_key_value().map(|((due, _), _)| *due);
+            let held = self
+                .held
+                .first_key_value()
+                .map(|((due, _), held)| match held {
+                    Held::Request(_) => *due,
+                    // To wait awake for the rest of the time.
+                    Held::Answer(..) => due.checked_sub(AWAKE).unwrap_or(*due),
+                });
             let overtaken = self.overtaken.as_ref().map(|(due, _)| *due);
             let due = held.into_iter().chain(overtaken).min();
             // Zero would disarm it.

@@ -116,6 +116,14 @@ fn other_options_are_checked_too() {
     fails(&["-s", "/tmp/x", "--copy-queues", "17"], &["--copy-queues"]);
     fails(&["-s", "/tmp/x", "--log-level", "loud"], &["--log-level"]);
     fails(
+        &["-s", "/tmp/x", "--bandwidth", "1023K"],
+        &["--bandwidth", "less than 1M"],
+    );
+    fails(
+        &["-s", "/tmp/x", "--latency", "10"],
+        &["--latency", "not a time"],
+    );
+    fails(
         &["-s", "/tmp/x", "--inject", "explode"],
         &["--inject", "unknown fault", "delay, reorder"],
     );

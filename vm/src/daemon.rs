@@ -92,6 +92,12 @@ pub fn command(program: &Path, device: &Device, sockets: &Sockets) -> Command {
         .arg(device.memory.to_string())
         .arg("--copy-queues")
         .arg(device.copy_queues.to_string());
+    if let Some(bandwidth) = device.bandwidth {
+        command.arg("--bandwidth").arg(bandwidth.to_string());
+    }
+    if let Some(latency) = &device.latency {
+        command.arg("--latency").arg(latency);
+    }
     for rule in &device.inject {
         command.arg("--inject").arg(rule);
     }

@@ -77,6 +77,12 @@ pub struct MachineOptions {
     /// Control socket of that daemon
     #[arg(long, value_name = "SOCKET", requires = "device_socket")]
     pub control_socket: Option<PathBuf>,
+    /// Bytes a second that copies take each way, such as 2G
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["device_socket", "no_device"])]
+    pub bandwidth: Option<Size>,
+    /// Time that each copy takes besides, such as 10us
+    #[arg(long, value_name = "TIME", conflicts_with_all = ["device_socket", "no_device"])]
+    pub latency: Option<String>,
     /// Let the device go wrong on purpose, see docs/fault-injection.md; can be repeated
     #[arg(long, value_name = "RULE", conflicts_with_all = ["device_socket", "no_device"])]
     pub inject: Vec<String>,
@@ -118,6 +124,8 @@ impl MachineOptions {
         };
         profile.device.memory = self.device_memory.unwrap_or(profile.device.memory);
         profile.device.copy_queues = self.copy_queues.unwrap_or(profile.device.copy_queues);
+        profile.device.bandwidth = self.bandwidth.or(profile.device.bandwidth);
+        profile.device.latency = self.latency.clone().or(profile.device.latency);
         profile.device.inject.extend(self.inject.iter().cloned());
         profile.device.inject_seed = self.inject_seed.or(profile.device.inject_seed);
         profile.check()?;

@@ -56,6 +56,12 @@ pub struct Device {
     pub copy_queues: u32,
     /// Descriptors in each queue.
     pub queue_size: u32,
+    /// Bytes a second that copies take each way; as fast as the host if not given.
+    #[serde(default)]
+    pub bandwidth: Option<Size>,
+    /// Time that each copy takes besides, as the daemon takes it.
+    #[serde(default)]
+    pub latency: Option<String>,
     /// Rules for faults on purpose, as the daemon takes them.
     #[serde(default)]
     pub inject: Vec<String>,

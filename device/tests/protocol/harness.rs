@@ -27,6 +27,7 @@ use vhost::{
 };
 use vhost_device_hmm::{
     abi::*,
+    link,
     server::{Config, Endpoint, Server},
     stop::Stop,
 };
@@ -97,6 +98,15 @@ impl Device {
 
     /// A server that injects faults.
     pub fn start_with(rules: &[&str]) -> Self {
+        Self::start_all(rules, link::Config::default())
+    }
+
+    /// A server behind a link.
+    pub fn start_behind(link: link::Config) -> Self {
+        Self::start_all(&[], link)
+    }
+
+    fn start_all(rules: &[&str], link: link::Config) -> Self {
         let watchdog = Watchdog::new();
         let dir = tempfile::tempdir().unwrap();
         let server = Server::new(&Config {
@@ -105,6 +115,7 @@ impl Device {
             copy_queues: COPY_QUEUES as u16,
             control_socket: Some(dir.path().join("control")),
             prefault: false,
+            link,
             inject: rules.iter().map(|rule| rule.parse().unwrap()).collect(),
             inject_seed: SEED,
         })

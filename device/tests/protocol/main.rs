@@ -11,6 +11,7 @@
 
 mod harness;
 mod injection;
+mod link;
 mod operations;
 mod rejections;
 mod rings;
