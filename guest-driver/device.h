@@ -241,7 +241,9 @@ int vhmm_release_all(struct vhmm_context *ctx, struct virtio_hmm_release *arg);
 unsigned int vhmm_residency(struct vhmm_device *dev, struct mm_struct *mm,
 			    unsigned long start, unsigned long end,
 			    u8 *residency, unsigned long *frames);
-bool vhmm_page_is_pinned(struct mm_struct *mm, unsigned long addr);
+enum virtio_hmm_skip vhmm_why_in_ram(struct vhmm_device *dev,
+				     struct vm_area_struct *vma,
+				     unsigned long addr);
 
 /* chardev.c */
 int vhmm_chardev_register(struct vhmm_device *dev);

@@ -292,12 +292,10 @@ static void vhmm_classify(struct vhmm_batch *b, struct vm_area_struct *vma,
 		case VIRTIO_HMM_RESIDENCY_NONE:
 		case VIRTIO_HMM_RESIDENCY_ZERO:
 		case VIRTIO_HMM_RESIDENCY_RAM:
-			if (!to_device)
-				outcome[i] = VHMM_SKIP(ALREADY);
-			else if (!vma_is_anonymous(vma))
-				outcome[i] = VHMM_SKIP(UNSUPPORTED);
-			else if (vhmm_page_is_pinned(vma->vm_mm, start + i * PAGE_SIZE))
-				outcome[i] = VHMM_SKIP(PINNED);
+			outcome[i] = to_device ?
+				VHMM_SKIPPED + vhmm_why_in_ram(b->dev, vma,
+							       start + i * PAGE_SIZE) :
+				VHMM_SKIP(ALREADY);
 			break;
 		case VIRTIO_HMM_RESIDENCY_SWAPPED:
 			outcome[i] = to_device ? VHMM_SKIP(SWAPPED) :

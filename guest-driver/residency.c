@@ -137,27 +137,55 @@ unsigned int vhmm_residency(struct vhmm_device *dev, struct mm_struct *mm,
 	return nr;
 }
 
-/**
- * vhmm_page_is_pinned() - tell whether a page is pinned for DMA
- * @mm: the address space; mmap_lock is held
- * @addr: its address
- *
- * Return: true if the page there looked pinned at this moment.
- */
-bool vhmm_page_is_pinned(struct mm_struct *mm, unsigned long addr)
+static enum virtio_hmm_skip vhmm_why_present(struct vm_area_struct *vma,
+					     unsigned long pfn)
 {
-	bool pinned = false;
-	unsigned long flags;
+	struct folio *folio;
+
+	if (is_zero_pfn(pfn))
+		return VIRTIO_HMM_SKIP_BUSY;
+	if (!pfn_valid(pfn))
+		return VIRTIO_HMM_SKIP_UNSUPPORTED;
+	folio = pfn_folio(pfn);
+	/* The huge zero page, or a page of the file that the VMA maps. */
+	if (!folio_test_anon(folio))
+		return vma_is_anonymous(vma) ? VIRTIO_HMM_SKIP_BUSY :
+					       VIRTIO_HMM_SKIP_UNSUPPORTED;
+	return folio_maybe_dma_pinned(folio) ? VIRTIO_HMM_SKIP_PINNED :
+					       VIRTIO_HMM_SKIP_BUSY;
+}
+
+/**
+ * vhmm_why_in_ram() - tell why a page or hole did not go to the device
+ * @dev: the device
+ * @vma: the mapping; mmap_lock is held
+ * @addr: its address, where no device page and no page in swap was seen
+ *
+ * Return: a reason that held at this moment.
+ */
+enum virtio_hmm_skip vhmm_why_in_ram(struct vhmm_device *dev,
+				     struct vm_area_struct *vma,
+				     unsigned long addr)
+{
+	/* A hole is filled unless something came in between. */
+	enum virtio_hmm_skip why = vma_is_anonymous(vma) ?
+		VIRTIO_HMM_SKIP_BUSY : VIRTIO_HMM_SKIP_UNSUPPORTED;
+	unsigned long flags, frame;
 	pmd_t pmd;
 	pte_t pte;
 
 	local_irq_save(flags);
-	if (vhmm_lookup(mm, addr, &pmd, &pte)) {
-		if (pte_present(pte) && pfn_valid(pte_pfn(pte)))
-			pinned = folio_maybe_dma_pinned(pfn_folio(pte_pfn(pte)));
-	} else if (pmd_present(pmd) && pfn_valid(pmd_pfn(pmd))) {
-		pinned = folio_maybe_dma_pinned(pfn_folio(pmd_pfn(pmd)));
+	if (vhmm_lookup(vma->vm_mm, addr, &pmd, &pte)) {
+		if (pte_present(pte))
+			why = vhmm_why_present(vma, pte_pfn(pte));
+		/* No hole but a mark: of a guard, of userfaultfd, of poison. */
+		else if (!pte_none(pte) &&
+			 vhmm_pte_residency(dev, pte, &frame) ==
+			 VIRTIO_HMM_RESIDENCY_NONE)
+			why = VIRTIO_HMM_SKIP_UNSUPPORTED;
+	} else if (pmd_present(pmd)) {
+		why = vhmm_why_present(vma, pmd_pfn(pmd));
 	}
 	local_irq_restore(flags);
-	return pinned;
+	return why;
 }
