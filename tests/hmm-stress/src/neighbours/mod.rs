@@ -11,6 +11,7 @@ mod counted;
 mod cpu_hotplug;
 mod exec;
 mod futex;
+mod guard_pages;
 mod ksm;
 mod lazyfree;
 mod mappings;
@@ -99,6 +100,8 @@ pub const ALL: &[Test] = tests! {
         "vDSO and vvar stay, the vsyscall page is no address of the process";
     protection::run: "protected_memory",
         "pages and holes that may not be read or written migrate, and stay forbidden";
+    guard_pages::run: "guard_pages_stay",
+        "guard pages take device pages away, stay, and are holes when removed";
     futex::run: "futex_in_device_pages",
         "waiting, waking, FUTEX_WAKE_OP and PI locks with words in device pages";
     system_calls::buffers: "system_calls_with_device_buffers",

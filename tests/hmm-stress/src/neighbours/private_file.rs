@@ -14,6 +14,7 @@ use super::counted::counted;
 use super::refused::memory_file;
 use crate::context::Context;
 use crate::failure::Failure;
+use crate::hold::PinnedPage;
 use crate::process;
 use crate::region::Region;
 use crate::require;
@@ -65,6 +66,7 @@ pub(super) fn run(context: &Context) -> Result<(), Failure> {
     }
     check(context, &region, 2)?;
     holds_only(&file)?;
+    pinned_pages_say_so(context, &region)?;
 
     // Truncating a file takes also the private copies of its pages away.
     let free = context.free()?;
@@ -90,6 +92,19 @@ fn only_written_pages_are_on_the_device(context: &Context, region: &Region) -> R
         require!(expected, "page {page} is {seen:?}");
     }
     Ok(())
+}
+
+/// A written page that is pinned is of the right kind, and stays for the pin.
+fn pinned_pages_say_so(context: &Context, region: &Region) -> Result<(), Failure> {
+    let pin = PinnedPage::new(region, 3)?;
+    let settled = context.settle(region.all(), Direction::ToDevice, 1)?;
+    require!(
+        settled.last.skipped(Skip::Pinned) == 1
+            && settled.last.skipped(Skip::Unsupported) == 2 * EACH as u64,
+        "one page is pinned: {settled:?}"
+    );
+    pin.release()?;
+    check(context, region, 2)
 }
 
 /// A child has copies of its own once it writes.
