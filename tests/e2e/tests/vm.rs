@@ -549,7 +549,9 @@ fn neighbours() -> Result<&'static Shared> {
             "fs/configfs/configfs.ko.xz",
             "drivers/block/null_blk/null_blk.ko.xz",
         ])?;
-        let tool = vm(&["run"])?.with(swap_modules()?).with(disk);
+        // Two nodes, and memory that can go offline.
+        let tool = vm(&["run", "--profile", "numa"])?;
+        let tool = tool.with(swap_modules()?).with(disk);
         boot_once(tool, &["sh", "-c", &with_swap(WITH_DISK)])
     })
 }
