@@ -21,6 +21,7 @@ mod mlock;
 mod numa;
 mod numa_balancing;
 mod own_memory;
+mod pagemap_entries;
 mod pins;
 mod private_file;
 mod protection;
@@ -31,6 +32,9 @@ mod signal_stack;
 mod soft_dirty;
 mod system_calls;
 mod tunable;
+mod uffd_missing;
+mod uffd_write_protect;
+mod userfaultfd;
 
 use crate::suite::{self, Test, tests};
 
@@ -66,6 +70,30 @@ pub const ALL: &[Test] = tests! {
         "guard pages replace device pages and are not filled";
     advice::collapse: "madv_collapse",
         "MADV_COLLAPSE brings device pages home into a huge page, which travels as one";
+    uffd_missing::holes: "userfaultfd_missing",
+        "holes that userfaultfd watches are not filled, and device pages are not missing";
+    uffd_missing::moving: "userfaultfd_move",
+        "UFFDIO_MOVE does not take device pages";
+    uffd_missing::minor: "userfaultfd_minor",
+        "anonymous memory has no minor faults, on the device neither";
+    uffd_write_protect::survives: "userfaultfd_write_protect",
+        "protected pages stay protected on the device and back";
+    uffd_write_protect::on_device: "userfaultfd_write_protect_on_device",
+        "device pages are protected and unprotected where they are";
+    uffd_write_protect::holes: "userfaultfd_write_protected_holes",
+        "protected holes are not filled";
+    pagemap_entries::entries: "pagemap_shows_swap_entries",
+        "device pages look like swap in pagemap, writable and read-only ones of two types";
+    pagemap_entries::huge: "pagemap_shows_huge_device_pages",
+        "so does each part of a huge page";
+    pagemap_entries::unprivileged: "pagemap_hides_device_frames",
+        "who is not root does not see where they are";
+    pagemap_entries::scanned: "pagemap_scan_finds_device_pages",
+        "PAGEMAP_SCAN counts them as swapped";
+    pagemap_entries::resident: "smaps_counts_device_pages",
+        "smaps counts them as resident";
+    soft_dirty::cleared: "soft_dirty_cleared_on_the_device",
+        "clear_refs clears the bit of device pages, and loses the next write to writable ones";
     soft_dirty::survives: "soft_dirty_survives_migration",
         "a page written since clear_refs stays so on the device and back, others stay clean";
     pins::registered_buffers: "registered_buffers_pin_their_pages",

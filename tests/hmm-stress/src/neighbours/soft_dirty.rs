@@ -87,3 +87,26 @@ pub(super) fn survives(context: &Context) -> Result<(), Failure> {
     expect_dirty(&region, |_| true)?;
     context.check(&region, 0..PAGES, |_| 2)
 }
+
+/// clear_soft_dirty() takes the right to write from pages in RAM, and leaves it to device
+/// pages: the first write to one that comes home goes unnoticed.
+pub(super) fn cleared(context: &Context) -> Result<(), Failure> {
+    let region = clean_region(context)?;
+    region.fill_all(2);
+    migrate(context, &region)?;
+    expect_dirty(&region, |_| true)?;
+    counted(context, &[("cpu_faults", 0)], || {
+        pagemap::clear_soft_dirty()?;
+        expect_dirty(&region, |_| false)
+    })?;
+    context.expect(&region, 0..PAGES, |_| Residency::Device)?;
+    context.check(&region, 0..PAGES, |_| 2)?;
+    expect_dirty(&region, |_| false)?;
+    region.fill_all(3);
+    expect_dirty(&region, |_| false)?;
+    // From here on it is as ever.
+    pagemap::clear_soft_dirty()?;
+    region.fill_all(4);
+    expect_dirty(&region, |_| true)?;
+    context.check(&region, 0..PAGES, |_| 4)
+}
