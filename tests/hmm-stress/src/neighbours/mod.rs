@@ -6,16 +6,19 @@
 
 mod advice;
 mod atomics;
+mod cgroup;
 mod core_dump;
 mod counted;
 mod cpu_hotplug;
 mod exec;
+mod fork;
 mod futex;
 mod guard_pages;
 mod ksm;
 mod lazyfree;
 mod mappings;
 mod meanwhile;
+mod memcg;
 mod memory_hotplug;
 mod mlock;
 mod numa;
@@ -30,6 +33,7 @@ mod remap;
 mod remote_access;
 mod signal_stack;
 mod soft_dirty;
+mod swap;
 mod system_calls;
 mod tunable;
 mod uffd_missing;
@@ -46,6 +50,28 @@ pub const ALL: &[Test] = tests! {
         "KSM neither reads nor merges device pages";
     ksm::zero: "ksm_zero_pages_stay",
         "so do pages that KSM made the zero page";
+    swap::pressure: "swap_under_memory_pressure",
+        "pages in RAM are swapped out, device pages stay, and come home under pressure";
+    memcg::charge: "memcg_charge_follows_pages",
+        "device pages and filled holes are charged once, like pages in RAM";
+    memcg::at_limit: "memcg_at_its_limit",
+        "pages migrate both ways and come home by fault in a cgroup without room";
+    memcg::lowered_limit: "memcg_limit_below_device_pages",
+        "a limit below its device pages kills a process, and all of them are freed";
+    memcg::kill_on_touch: "memcg_oom_kill_with_device_pages",
+        "an OOM kill frees device pages, and others keep theirs";
+    memcg::kill_on_fill: "memcg_oom_kill_while_filling",
+        "a process that fills holes beyond its limit is killed, and all are freed";
+    fork::shared: "fork_with_shared_device_pages",
+        "fork with none, half and all on the device; parent and child write";
+    fork::child_migrates: "fork_then_the_child_migrates",
+        "a shared page moves once for both processes";
+    fork::while_migrating: "fork_while_migrating",
+        "children made in the middle of migrations";
+    fork::parent_exits_first: "fork_and_the_parent_exits_first",
+        "device pages outlive who put them there, with his child and grandchild";
+    fork::exec: "fork_and_exec",
+        "vfork, fork and exec leave device pages to the parent";
     mlock::locked: "mlocked_pages_migrate",
         "locked pages migrate both ways and stay counted as locked";
     mlock::lock_on_device: "mlock_of_device_pages",
