@@ -42,6 +42,7 @@ fn main() {
     let trials = vec![
         trial("unplugged_device_gives_its_pages_back", unplugged),
         trial("dead_devices_can_be_replaced", dead_devices),
+        trial("function_reset_leaves_the_pages", function_reset),
         skippable_trial("pages_come_home_before_sleep_and_reboot", sleep),
         skippable_trial("pages_come_home_before_kexec_and_power_off", kexec),
     ];
@@ -80,6 +81,20 @@ fn unplugged() -> Result {
     let all = "all 4096 pages are as they were";
     let wanted =
         format!("{all}\none: status 0\n{all}\ntwo: status 0\n{all}\nthree: status 0\nunloaded\n");
+    check(text == wanted, || text)
+}
+
+/// A reset of the PCI function forgets device memory and the virtqueues.
+fn function_reset() -> Result {
+    let text = text(
+        &[],
+        "hold one /dev/hmm0
+        echo 1 > $(dirname $(readlink -f /sys/class/misc/hmm0/device))/reset || exit 95
+        works /dev/hmm0
+        touch_held one
+        rmmod virtio_hmm && echo unloaded",
+    )?;
+    let wanted = "all 4096 pages are as they were\none: status 0\nunloaded\n";
     check(text == wanted, || text)
 }
 
