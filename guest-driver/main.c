@@ -250,7 +250,7 @@ static void vhmm_remove(struct virtio_device *vdev)
 	vhmm_chardev_unregister(dev);
 	vhmm_memory_close(dev);
 	/* A surprise removal has marked the queues: nothing will be answered. */
-	if (virtqueue_is_broken(dev->control.vq))
+	if (dev->control.vq && virtqueue_is_broken(dev->control.vq))
 		vhmm_device_break(dev, "it was removed");
 	/* While the copy queues work, and ioctls may help. */
 	vhmm_evacuate(dev, MAX_SCHEDULE_TIMEOUT);
