@@ -12,6 +12,7 @@
 #include <linux/mm.h>
 #include <linux/slab.h>
 #include <linux/version.h>
+#include <linux/virtio.h>
 
 #define VHMM_KERNEL_BEFORE(major, minor) \
 	(KERNEL_VERSION(major, minor, 0) > LINUX_VERSION_CODE)
@@ -106,6 +107,35 @@ static inline int migrate_device_pfns(unsigned long *src_pfns,
 	}
 	return 0;
 }
+#endif
+
+/*
+ * 6.15: the virtio bus tells drivers that the system goes down. Before, it took
+ * no part in that, and the core told them itself.
+ */
+#if !VHMM_KERNEL_BEFORE(6, 15)
+#define VHMM_SHUTDOWN_CALLBACK	.shutdown = vhmm_shutdown
+#else
+#define VHMM_SHUTDOWN_CALLBACK	.driver.shutdown = vhmm_driver_shutdown
+
+void vhmm_shutdown(struct virtio_device *vdev);
+
+static inline void vhmm_driver_shutdown(struct device *dev)
+{
+	vhmm_shutdown(dev_to_virtio(dev));
+}
+#endif
+
+/*
+ * 6.14: a PCI function can be reset behind the back of its virtio driver, which
+ * is told. Before, a virtio device had no such reset.
+ */
+#if !VHMM_KERNEL_BEFORE(6, 14)
+#define VHMM_RESET_CALLBACKS			\
+	.reset_prepare = vhmm_reset_prepare,	\
+	.reset_done = vhmm_reset_done,
+#else
+#define VHMM_RESET_CALLBACKS
 #endif
 
 /* 6.13: it no longer asks whether the page is huge, which the order tells. */

@@ -280,9 +280,8 @@ static struct virtio_driver vhmm_driver = {
 	.remove = vhmm_remove,
 	.freeze = pm_sleep_ptr(vhmm_freeze),
 	.restore = pm_sleep_ptr(vhmm_restore),
-	.reset_prepare = vhmm_reset_prepare,
-	.reset_done = vhmm_reset_done,
-	.shutdown = vhmm_shutdown,
+	VHMM_RESET_CALLBACKS
+	VHMM_SHUTDOWN_CALLBACK,
 };
 
 static int __init vhmm_init(void)

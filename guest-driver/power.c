@@ -136,5 +136,7 @@ void vhmm_shutdown(struct virtio_device *vdev)
 
 	if (!vhmm_fall_asleep(dev) && !vhmm_device_is_broken(dev))
 		vhmm_device_break(dev, "it is shut down with pages in its memory");
-	virtio_device_shutdown(vdev);
+	/* Nobody may kick a queue after the reset. */
+	virtio_break_device(vdev);
+	virtio_reset_device(vdev);
 }
