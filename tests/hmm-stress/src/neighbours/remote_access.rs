@@ -1,6 +1,6 @@
 //! One process reads and writes the memory of another, whose pages are on the device.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
@@ -66,13 +66,14 @@ impl Target {
     }
 
     /// Have the child look at what it holds and migrate again.
-    fn again(&mut self) -> Result<(), Failure> {
+    fn again(mut self) -> Result<Self, Failure> {
+        drain()?;
         self.go.write_all(&[0]).map_err(told)?;
-        // The child says on its own pipe why it ended.
         if self.ready.read_exact(&mut [0]).is_err() {
+            self.child.wait()?;
             return Err(Failure::Broken("the other process has ended".into()));
         }
-        Ok(())
+        Ok(self)
     }
 
     /// Have the child look at what it holds and end.
@@ -94,6 +95,18 @@ impl Target {
     }
 }
 
+/// Have all CPUs give up pages that they keep to move them to another LRU list.
+///
+/// An access through /proc/PID/mem marks a page as accessed, which puts it into such a
+/// batch with a reference. migrate_device_unmap() does not drain those of other CPUs for a
+/// page that is on an LRU list already, so it would stay busy until the batch is full.
+fn drain() -> Result<(), Failure> {
+    fs::write("/proc/sys/vm/drop_caches", "1").map_err(|source| Failure::System {
+        call: "dropping caches",
+        source,
+    })
+}
+
 fn slice(region: &Region) -> libc::iovec {
     libc::iovec {
         iov_base: region.all().start as *mut _,
@@ -103,7 +116,7 @@ fn slice(region: &Region) -> libc::iovec {
 
 /// process_vm_readv and process_vm_writev, with pages on the device on either side.
 pub(super) fn process_vm(context: &Context) -> Result<(), Failure> {
-    let mut target = Target::new(context)?;
+    let target = Target::new(context)?;
     // The same patterns as in the child.
     let local = context.region(PAGES, 0)?;
     local.fill_all(9);
@@ -153,7 +166,7 @@ pub(super) fn process_vm(context: &Context) -> Result<(), Failure> {
 
     local.fill_all(2);
     call("process_vm_writev", libc::process_vm_writev, &target)?;
-    target.again()?;
+    let target = target.again()?;
     local.fill_all(3);
     context.settle(local.all(), Direction::ToDevice, 0)?;
     counted(context, &both, || {
@@ -164,7 +177,7 @@ pub(super) fn process_vm(context: &Context) -> Result<(), Failure> {
 
 /// Reading and writing /proc/PID/mem.
 pub(super) fn proc_mem(context: &Context) -> Result<(), Failure> {
-    let mut target = Target::new(context)?;
+    let target = Target::new(context)?;
     let io = |source| Failure::System {
         call: "using /proc/PID/mem",
         source,
@@ -182,7 +195,7 @@ pub(super) fn proc_mem(context: &Context) -> Result<(), Failure> {
     })?;
     require!(bytes == target.bytes(1), "/proc/PID/mem shows other bytes");
     memory.write_all_at(&target.bytes(2), place).map_err(io)?;
-    target.again()?;
+    let target = target.again()?;
     counted(context, &home, || {
         memory.write_all_at(&target.bytes(3), place).map_err(io)
     })?;
