@@ -71,10 +71,10 @@ pub(super) fn shared(context: &Context) -> Result<(), Failure> {
         write(&region, 2, 3);
         // If it has failed, it tells below.
         let _ = go.write_all(b"!");
-        let parents = |page| if page % 4 == 2 { 3 } else { 1 };
-        context.settle(region.all(), Direction::ToDevice, 0)?;
-        context.check(&region, 0..PAGES, parents)?;
+        // Whatever one of them touches comes home for both: the parent waits.
         child.wait()?;
+        let parents = |page| if page % 4 == 2 { 3 } else { 1 };
+        context.check(&region, 0..PAGES, parents)?;
         context.settle(region.all(), Direction::ToDevice, 0)?;
         context.expect(&region, 0..PAGES, |_| Residency::Device)?;
         // Nothing is shared any more: no frame is left of the child.
@@ -148,11 +148,17 @@ pub(super) fn parent_exits_first(context: &Context) -> Result<(), Failure> {
         let region = filled(context)?;
         context.settle(region.all(), Direction::ToDevice, 0)?;
         let (mut gone, here) = pipe()?;
+        let (mut ready, mut tell_ready) = pipe()?;
         let child = process::fork(context, |context| {
             // SAFETY: the call only sets a property of this process, which is to outlive
             // its parent.
             unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, 0) };
             drop(here);
+            let io = |source| Failure::System {
+                call: "a pipe",
+                source,
+            };
+            tell_ready.write_all(b"!").map_err(io)?;
             let grandchild = process::fork(context, |context| {
                 // The end of the pipe comes when the first process has ended.
                 let _ = gone.read(&mut [0]);
@@ -167,11 +173,10 @@ pub(super) fn parent_exits_first(context: &Context) -> Result<(), Failure> {
             context.expect(&region, 1..2, |_| Residency::Ram)?;
             context.settle(region.all(), Direction::ToDevice, 0)?;
             context.check(&region, 0..PAGES, |_| 1)?;
-            tell.write_all(b"!").map_err(|source| Failure::System {
-                call: "a pipe",
-                source,
-            })
+            tell.write_all(b"!").map_err(io)
         })?;
+        drop(tell_ready);
+        let _ = ready.read(&mut [0]);
         // It is not waited for.
         std::mem::forget(child);
         Ok(())
