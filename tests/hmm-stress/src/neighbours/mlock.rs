@@ -7,6 +7,7 @@ use std::fs;
 use virtio_hmm_client::{Direction, Residency};
 
 use super::counted::counted;
+use super::huge;
 use crate::context::Context;
 use crate::failure::Failure;
 use crate::process;
@@ -241,6 +242,27 @@ pub(super) fn after_active(context: &Context) -> Result<(), Failure> {
         active.advise(0..PAGES, libc::MADV_POPULATE_WRITE)?;
         migrate(context, &active)?;
         come_home(context, &active)
+    })
+}
+
+/// Huge pages, locked when they come home, and unlocked on the device.
+pub(super) fn huge_pages(context: &Context) -> Result<(), Failure> {
+    alone(context, |context| {
+        let region = huge::region(context)?;
+        let kib = region.pages() as i64 * 4;
+        let before = Locked::now()?;
+        huge::migrate(context, &region, Direction::ToDevice)?;
+        lock(region.all(), Lock::OnFault)?;
+        before.expect(kib, 0)?;
+        huge::migrate(context, &region, Direction::ToSystem)?;
+        before.expect(kib, kib)?;
+        huge::migrate(context, &region, Direction::ToDevice)?;
+        before.expect(kib, kib)?;
+        lock(region.all(), Lock::Not)?;
+        context.check(&region, 0..region.pages(), |_| 1)?;
+        before.expect(0, 0)?;
+        huge::migrate(context, &region, Direction::ToDevice)?;
+        before.expect(0, 0)
     })
 }
 

@@ -14,6 +14,7 @@ mod exec;
 mod fork;
 mod futex;
 mod guard_pages;
+mod huge;
 mod ksm;
 mod lazyfree;
 mod mappings;
@@ -78,6 +79,8 @@ pub const ALL: &[Test] = tests! {
         "mlock brings pages home, MLOCK_ONFAULT locks them when they come";
     mlock::unlock_on_device: "munlock_of_device_pages",
         "locked device pages are unlocked, thrown away and unmapped";
+    mlock::huge_pages: "mlocked_huge_pages",
+        "huge pages are locked and unlocked as one, on the device and at home";
     mlock::after_active: "mlocked_pages_in_used_frames",
         "frames keep nothing of what the kernel thought of their last page";
     mlock::lock_all: "mlockall_with_holes",
@@ -118,6 +121,12 @@ pub const ALL: &[Test] = tests! {
         "PAGEMAP_SCAN counts them as swapped";
     pagemap_entries::resident: "smaps_counts_device_pages",
         "smaps counts them as resident";
+    huge::write_protected: "userfaultfd_write_protect_huge",
+        "huge pages are protected in RAM, and unprotected in part on the device";
+    huge::soft_dirty: "soft_dirty_huge",
+        "the soft-dirty bit of a huge page survives both ways, and clear_refs on the device";
+    huge::advice: "madv_of_huge_device_pages",
+        "advice leaves huge device pages as they are, MADV_DONTNEED takes parts of them";
     soft_dirty::cleared: "soft_dirty_cleared_on_the_device",
         "clear_refs clears the bit of device pages, and loses the next write to writable ones";
     soft_dirty::survives: "soft_dirty_survives_migration",
