@@ -172,8 +172,9 @@ static int vhmm_ioctl_query(struct vhmm_device *dev, void __user *argp)
 		u64 next = min(addr + sizeof(residency) * PAGE_SIZE, end);
 		size_t nr = (next - addr) >> PAGE_SHIFT;
 
+		/* Work for io_uring looks like a signal, and is nobody's business. */
 		if (signal_pending(current) || mmap_read_lock_killable(current->mm))
-			return -EINTR;
+			return -ERESTARTSYS;
 		vhmm_residency(dev, current->mm, addr, next, residency, NULL);
 		mmap_read_unlock(current->mm);
 		/* Without the lock: the array may be what is asked about. */
