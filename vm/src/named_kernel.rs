@@ -44,6 +44,18 @@ struct KernelRecipe {
     packages: Vec<String>,
     #[serde(default)]
     config: Vec<String>,
+    #[serde(default)]
+    edits: Vec<Edit>,
+}
+
+/// Something wrong in the source.
+#[derive(Clone, Debug, Hash, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Edit {
+    file: PathBuf,
+    /// What is wrong, once in the file; a source that is right does not have it.
+    from: String,
+    to: String,
 }
 
 fn recipes() -> Result<Recipes> {
@@ -71,6 +83,7 @@ pub struct NamedKernel {
 #[derive(Debug)]
 struct Build {
     config: String,
+    edits: Vec<Edit>,
     /// The tree on the host. The root holds one version of the source, and a tree for each
     /// configuration.
     tree: PathBuf,
@@ -91,7 +104,11 @@ impl NamedKernel {
                 "no kernel {name}; there are: stock, {known}"
             )));
         };
-        let KernelRecipe { packages, config } = recipe.1;
+        let KernelRecipe {
+            packages,
+            config,
+            edits,
+        } = recipe.1;
         root.packages.extend(packages);
         let what = format!("the place of kernel {name}");
         let root = Root::place(&what, root, cache);
@@ -101,7 +118,8 @@ impl NamedKernel {
             .map(|file| directory.join(file))
             .map(|path| fs::read_to_string(&path).at("read", &path))
             .collect::<Result<Vec<_>>>()?;
-        let build = (!fragments.is_empty()).then(|| Build::place(name, fragments.concat(), &root));
+        let build =
+            (!fragments.is_empty()).then(|| Build::place(name, fragments.concat(), edits, &root));
         Ok(Self {
             name: name.to_owned(),
             root,
@@ -159,12 +177,16 @@ impl NamedKernel {
 }
 
 impl Build {
-    fn place(name: &str, config: String, root: &Root) -> Self {
+    fn place(name: &str, config: String, edits: Vec<Edit>, root: &Root) -> Self {
         let mut hasher = DefaultHasher::new();
         config.hash(&mut hasher);
+        for edit in &edits {
+            edit.hash(&mut hasher);
+        }
         let tree = format!("usr/src/{name}-{:016x}", hasher.finish());
         Self {
             config,
+            edits,
             tree: root.path().join(&tree),
             inside: Path::new("/").join(&tree),
         }
@@ -178,6 +200,7 @@ impl Build {
         if !self.tree.exists() {
             self.unpack(name, root, report)?;
         }
+        self.edit()?;
         self.configure(root)?;
         report.line(&format!(
             "building kernel {name}, which takes minutes, once (its log: {})",
@@ -212,6 +235,17 @@ impl Build {
         )?;
         spinner.finish_and_clear();
         fs::rename(&partial, &self.tree).at("create", &self.tree)
+    }
+
+    fn edit(&self) -> Result<()> {
+        for Edit { file, from, to } in &self.edits {
+            let path = self.tree.join(file);
+            let text = fs::read_to_string(&path).at("read", &path)?;
+            if text.contains(from) {
+                fs::write(&path, text.replacen(from, to, 1)).at("write", &path)?;
+            }
+        }
+        Ok(())
     }
 
     /// The smallest configuration and the fragments, all of which have to have their way.
