@@ -2,6 +2,7 @@
 
 mod devices;
 mod exit_with_pages;
+mod failing_allocations;
 mod fault_storm;
 mod fork_cow;
 mod huge_pages;
@@ -120,6 +121,12 @@ pub const ALL: &[Scenario] = &[
         about: "pages move between two devices (needs a second one)",
         weight: 1,
         run: devices::run,
+    },
+    Scenario {
+        name: "failing-allocations",
+        about: "the kernel's allocations fail, one after another (needs fault injection)",
+        weight: 0,
+        run: failing_allocations::run,
     },
     Scenario {
         name: "release",
