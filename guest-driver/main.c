@@ -30,9 +30,10 @@ unsigned int vhmm_retries = 4;
 module_param_named(retries, vhmm_retries, uint, 0644);
 MODULE_PARM_DESC(retries, "How often to try pages again that only raced (4)");
 
-bool vhmm_large_folios = true;
+/* Where the kernel has large folios of device memory. */
+bool vhmm_large_folios = MIGRATE_PFN_COMPOUND;
 module_param_named(large_folios, vhmm_large_folios, bool, 0644);
-MODULE_PARM_DESC(large_folios, "Migrate 2 MiB folios as one (Y)");
+MODULE_PARM_DESC(large_folios, "Migrate 2 MiB folios as one (Y if the kernel can)");
 
 static DEFINE_IDA(vhmm_ida);
 

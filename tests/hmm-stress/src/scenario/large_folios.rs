@@ -4,6 +4,7 @@
 //! it is touched; that it survives being unmapped, protected, discarded, moved and copied
 //! on write in part; and that it goes in small pages when the device has no whole block.
 
+use std::fs;
 use std::time::Instant;
 
 use virtio_hmm_client::{Direction, PAGE_SIZE, Residency};
@@ -23,6 +24,9 @@ pub(super) fn run(context: &Context) -> Result<(), Failure> {
     if !transparent_huge_pages() {
         return Err(Failure::Skip("there are no transparent huge pages".into()));
     }
+    if !wanted() {
+        return Err(Failure::Skip("the driver splits huge pages here".into()));
+    }
     let end = context.end();
     let mut random = context.random(0);
     loop {
@@ -35,6 +39,12 @@ pub(super) fn run(context: &Context) -> Result<(), Failure> {
             return Ok(());
         }
     }
+}
+
+/// Kernels before 6.19 have no large folios of device memory.
+fn wanted() -> bool {
+    fs::read_to_string("/sys/module/virtio_hmm/parameters/large_folios")
+        .is_ok_and(|value| value.trim_end() == "Y")
 }
 
 /// What counter `name` gained during `action`.
