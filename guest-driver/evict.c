@@ -194,7 +194,7 @@ static bool vhmm_is_worth_waiting(const struct vhmm_allocation *a)
 
 static bool vhmm_give_up(const struct vhmm_device *dev)
 {
-	return signal_pending(current) || vhmm_device_is_broken(dev) ||
+	return fatal_signal_pending(current) || vhmm_device_is_broken(dev) ||
 	       READ_ONCE(dev->memory.closed);
 }
 
