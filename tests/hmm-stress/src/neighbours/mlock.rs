@@ -219,7 +219,8 @@ pub(super) fn unlock_on_device(context: &Context) -> Result<(), Failure> {
 }
 
 /// A locked page in a frame whose last page was active: folio_migrate_flags() takes a page
-/// that is active and unevictable for a bug.
+/// that is active and unevictable for a bug. It hands on the latter for a page that two
+/// processes lock: try_to_migrate_one() unlocks it for the second when it is off the LRU.
 pub(super) fn after_active(context: &Context) -> Result<(), Failure> {
     alone(context, |context| {
         let active = context.region(PAGES, 0)?;
@@ -231,9 +232,13 @@ pub(super) fn after_active(context: &Context) -> Result<(), Failure> {
         active.discard(0..PAGES)?;
         let region = context.region(PAGES, 1)?;
         region.fill_all(1);
-        lock(region.all(), Lock::Now)?;
-        migrate(context, &region)?;
-        come_home(context, &region)?;
+        lock(region.all(), Lock::OnFault)?;
+        process::fork(context, |context| {
+            lock(region.all(), Lock::OnFault)?;
+            migrate(context, &region)?;
+            come_home(context, &region)
+        })?
+        .wait()?;
         // And the other way round.
         migrate(context, &region)?;
         region.advise(0..PAGES, libc::MADV_DONTNEED_LOCKED)?;
