@@ -37,6 +37,7 @@ mod soft_dirty;
 mod swap;
 mod system_calls;
 mod tunable;
+mod uffd_access_protect;
 mod uffd_missing;
 mod uffd_write_protect;
 mod userfaultfd;
@@ -111,6 +112,8 @@ pub const ALL: &[Test] = tests! {
         "device pages are protected and unprotected where they are";
     uffd_write_protect::holes: "userfaultfd_write_protected_holes",
         "protected holes are not filled";
+    uffd_access_protect::run: "userfaultfd_access_protect",
+        "pages protected from any access stay so on the device and back";
     pagemap_entries::entries: "pagemap_shows_swap_entries",
         "device pages look like swap in pagemap, writable and read-only ones of two types";
     pagemap_entries::huge: "pagemap_shows_huge_device_pages",

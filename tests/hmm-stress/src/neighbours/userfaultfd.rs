@@ -19,13 +19,16 @@ const IOCTL_REGISTER: libc::Ioctl = iowr(0x00, 32);
 const IOCTL_COPY: libc::Ioctl = iowr(0x03, 40);
 const IOCTL_MOVE: libc::Ioctl = iowr(0x05, 40);
 const IOCTL_WRITE_PROTECT: libc::Ioctl = iowr(0x06, 24);
+const IOCTL_ACCESS_PROTECT: libc::Ioctl = iowr(0x09, 24);
 const EVENT_PAGE_FAULT: u8 = 0x12;
 const FAULT_WP: u64 = 1 << 1;
+const FAULT_RWP: u64 = 1 << 3;
 
 /// Features of a userfaultfd.
 pub(super) const PAGEFAULT_FLAG_WP: u64 = 1 << 0;
 pub(super) const WP_UNPOPULATED: u64 = 1 << 13;
 pub(super) const MOVE: u64 = 1 << 16;
+pub(super) const RWP: u64 = 1 << 17;
 
 /// Which faults on a range it tells of.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +39,8 @@ pub(super) enum Mode {
     WriteProtect = 1 << 1,
     /// On pages that a file has and the page table has not.
     Minor = 1 << 2,
+    /// Any access to pages that were protected.
+    AccessProtect = 1 << 3,
 }
 
 /// A fault that waits for an answer.
@@ -43,8 +48,10 @@ pub(super) enum Mode {
 pub(super) struct Fault {
     /// First byte of its page.
     pub address: usize,
-    /// Whether it is a write to a protected page.
+    /// Whether it is a write to a page that is protected from writes.
     pub write_protect: bool,
+    /// Whether it is an access to a page that is protected from any.
+    pub access_protect: bool,
 }
 
 const fn iowr(number: libc::Ioctl, size: libc::Ioctl) -> libc::Ioctl {
@@ -92,6 +99,12 @@ impl Userfaultfd {
         self.call(IOCTL_WRITE_PROTECT, &mut argument)
     }
 
+    /// Protect `range` from any access, or undo it and let those go on that wait.
+    pub(super) fn access_protect(&self, range: &Range<usize>, on: bool) -> Result<(), Failure> {
+        let mut argument = [range.start as u64, range.len() as u64, on.into()];
+        self.call(IOCTL_ACCESS_PROTECT, &mut argument)
+    }
+
     /// Put a page with `words` at `address`, where none may be.
     pub(super) fn copy(&self, address: usize, words: &[u64]) -> Result<(), Failure> {
         let (from, length) = (words.as_ptr() as u64, size_of_val(words) as u64);
@@ -129,6 +142,7 @@ impl Userfaultfd {
             // Addresses fit.
             address: usize::try_from(word(16)).unwrap_or(usize::MAX),
             write_protect: word(8) & FAULT_WP != 0,
+            access_protect: word(8) & FAULT_RWP != 0,
         }))
     }
 
