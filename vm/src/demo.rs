@@ -231,7 +231,9 @@ impl Demo {
             host_bytes_to_device: to_device.host.bytes,
             guest_bytes_to_system: from_device.guest.bytes,
             host_bytes_to_system: from_device.host.bytes,
-            reconciled: devices.iter().all(|device| device.reconciled),
+            reconciled: devices
+                .iter()
+                .all(|device| device.reconciled && device.was_used()),
             counters,
             devices,
             boot_seconds: 0.0,

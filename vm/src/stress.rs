@@ -182,7 +182,11 @@ impl Stress {
         );
         row(
             "kmemleak",
-            self.kmemleak.map_or("not in this kernel".into(), grouped),
+            match (self.kmemleak, self.frames_lost) {
+                (Some(count), _) => grouped(count),
+                (None, Some(_)) => "not in this kernel".into(),
+                (None, None) => "not looked at".into(),
+            },
         );
         row(
             "module",
@@ -307,7 +311,8 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
         mismatches: progress.mismatches,
         operations: progress.operations,
         failures: progress.failures,
-        reconciled: !devices.is_empty() && devices.iter().all(|device| device.reconciled),
+        reconciled: devices.iter().all(|device| device.reconciled)
+            && devices.iter().any(reconcile::Device::was_used),
         devices,
         driver: progress.guest,
         frames_lost: progress.frames_lost,

@@ -75,6 +75,7 @@ fn main() {
             next_vm_never_sees_bytes,
         ),
         trial("demo_reconciles_and_the_second_makes_nothing", demo_twice),
+        trial("stress_takes_a_turn_and_leaves_nothing_behind", stress_turn),
         trial("host_counters_reconcile_after_contract_tests", || {
             reconciles(contract()?)
         }),
@@ -515,6 +516,34 @@ fn demo_twice() -> Result {
         })?;
     }
     check(result.get("seconds").is_some(), || "no seconds".into())
+}
+
+fn stress_turn() -> Result {
+    let run = vm(&[
+        "stress",
+        "--json",
+        "--devices",
+        "2",
+        "--device-memory",
+        "16M",
+    ])?
+    .with(["--turn", "random-access", "--seed", "7"])
+    .finish()?;
+    run.expect_status(0)?;
+    run.expect_error("random-access    seed 7          1 passed")?;
+    let result: serde_json::Value = serde_json::from_slice(run.stdout())?;
+    for (name, wanted) in [
+        ("seed", 7.into()),
+        ("turns", 1.into()),
+        ("passed", 1.into()),
+        ("mismatches", 0.into()),
+        ("frames_lost", 0.into()),
+        ("reconciled", true.into()),
+        ("unloaded", true.into()),
+    ] {
+        check(result.get(name) == Some(&wanted), || format!("{result:#}"))?;
+    }
+    Ok(())
 }
 
 /// One boot whose results several tests look at.
