@@ -70,7 +70,8 @@ impl Backend {
                 _ => None,
             };
             let worker = kind.map(|kind| {
-                let processor = Processor::new(kind, engine.clone(), Arc::clone(counters));
+                let processor =
+                    Processor::new(kind, index as usize, engine.clone(), Arc::clone(counters));
                 let (counters, injector) = (Arc::clone(counters), Arc::clone(injector));
                 let (mem, link) = (mem.clone(), link.clone());
                 Worker::new(index, mem, processor, counters, injector, link).map(Mutex::new)
@@ -188,7 +189,11 @@ impl VhostUserBackend for Backend {
             && let Some(worker) = &queue.worker
         {
             let vring = queue.vring.get_or_init(|| vring.clone());
-            lock(worker).drain(vring, || self.stop.requested());
+            let mut worker = lock(worker);
+            if u64::from(device_event) != self.timer_token() {
+                worker.kicked();
+            }
+            worker.drain(vring, || self.stop.requested());
         }
         Ok(())
     }

@@ -2,8 +2,8 @@
 //! its own thread.
 //!
 //! The control socket is a UNIX stream. Each line is a request, a JSON object
-//! whose member `command` is `counters`, `info` or `inject`, and gets one line in
-//! reply: a JSON object, which has a member `error` if there is no other answer.
+//! whose member `command` is `counters`, `statistics`, `info` or `inject`, and gets
+//! one line in reply: a JSON object, which has a member `error` if there is no other answer.
 
 use std::{
     collections::HashMap,
@@ -29,8 +29,10 @@ use tracing::{debug, error, info};
 use crate::{
     abi::{VIRTIO_HMM_FRAME_SIZE, VIRTIO_HMM_VERSION},
     inject::{Injector, Report},
+    memory::Memory,
     rule::{self, Rule},
     session::{Session, Shared},
+    statistics::statistics,
     stop::Stop,
 };
 
@@ -52,6 +54,7 @@ pub enum Error {
 /// The control plane of one server.
 pub struct Control {
     shared: Arc<Shared>,
+    memory: Arc<Memory>,
     injector: Arc<Injector>,
     stop: Arc<Stop>,
     listener: Option<UnixListener>,
@@ -69,6 +72,7 @@ struct Connection {
 #[serde(tag = "command", rename_all = "snake_case")]
 enum Command {
     Counters,
+    Statistics,
     Info,
     /// Changes what goes wrong on purpose, and says what does.
     Inject {
@@ -82,9 +86,15 @@ enum Command {
 
 impl Control {
     /// A control plane without a control socket.
-    pub fn new(shared: Arc<Shared>, injector: Arc<Injector>, stop: Arc<Stop>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        memory: Arc<Memory>,
+        injector: Arc<Injector>,
+        stop: Arc<Stop>,
+    ) -> Self {
         Self {
             shared,
+            memory,
             injector,
             stop,
             listener: None,
@@ -172,6 +182,7 @@ impl Control {
     fn reply(&self, line: &[u8]) -> Vec<u8> {
         match serde_json::from_slice(line) {
             Ok(Command::Counters) => to_line(&self.shared.session()),
+            Ok(Command::Statistics) => to_line(&statistics(&self.shared.session(), &self.memory)),
             Ok(Command::Info) => {
                 let Session {
                     memory_size,

@@ -1,53 +1,243 @@
 //! What the device counts in a session, that is from the connection of a VM to
-//! that of the next.
+//! that of the next. `docs/counters.md` says how to read it.
 //!
-//! As JSON, where every operation has the same four members:
-//! ```json
-//! {
-//!   "to_device": { "requests": 0, "frames": 0, "bytes": 0, "errors": 0 },
-//!   "from_device": {}, "fill": {}, "device_to_device": {}, "discard": {},
-//!   "unsupported": 0,
-//!   "injected": { "delay": 0, "reorder": 0, "error": 0, "status": 0, "short": 0,
-//!                 "drop": 0, "stall": 0, "poison": 0, "dead": 0 }
-//! }
-//! ```
+//! Each worker has counters of its own, which share no cache line with those of
+//! another, and adds to them without atomic read-modify-write operations. Sums
+//! are made by those who ask.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::{
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer, ser::SerializeStruct};
 
 use crate::{
-    abi::{VIRTIO_HMM_FRAME_SIZE, virtio_hmm_counters, virtio_hmm_op_counters},
+    abi::{
+        VIRTIO_HMM_FRAME_FAULT, VIRTIO_HMM_FRAME_NOT_DONE, VIRTIO_HMM_FRAME_POISONED,
+        VIRTIO_HMM_FRAME_SIZE, VIRTIO_HMM_S_INVALID, VIRTIO_HMM_S_OK, VIRTIO_HMM_S_PARTIAL,
+        VIRTIO_HMM_S_RANGE, VIRTIO_HMM_S_UNSUPPORTED, virtio_hmm_counters, virtio_hmm_op_counters,
+    },
+    histogram::{Count, Histogram},
+    request::Operation,
     rule::Fault,
 };
 
-/// Counters of one operation.
-#[derive(Debug, Default, Serialize)]
-pub struct OpCounters {
-    requests: AtomicU64,
-    frames: AtomicU64,
-    bytes: AtomicU64,
-    errors: AtomicU64,
+/// How large a request is, by what its frames could be in the driver's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// One frame, or none.
+    Page,
+    /// Up to 16 frames.
+    UpTo64K,
+    /// More.
+    UpTo2M,
 }
 
-impl OpCounters {
-    /// Counts a completed request that did `frames` frames.
-    pub fn record(&self, frames: u64, ok: bool) {
-        self.requests.fetch_add(1, Relaxed);
-        self.frames.fetch_add(frames, Relaxed);
-        self.bytes
-            .fetch_add(frames.wrapping_mul(VIRTIO_HMM_FRAME_SIZE.into()), Relaxed);
-        self.errors.fetch_add((!ok).into(), Relaxed);
-    }
+impl Size {
+    /// All sizes in order.
+    pub const ALL: [Self; 3] = [Self::Page, Self::UpTo64K, Self::UpTo2M];
 
-    fn to_wire(&self) -> virtio_hmm_op_counters {
-        virtio_hmm_op_counters {
-            requests: self.requests.load(Relaxed).into(),
-            frames: self.frames.load(Relaxed).into(),
-            bytes: self.bytes.load(Relaxed).into(),
-            errors: self.errors.load(Relaxed).into(),
+    /// The size of a request of so many frames.
+    pub fn of(frames: u32) -> Self {
+        match frames {
+            0..=1 => Self::Page,
+            2..=16 => Self::UpTo64K,
+            _ => Self::UpTo2M,
         }
     }
+
+    /// Its name: the most bytes of such a request.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Page => "4K",
+            Self::UpTo64K => "64K",
+            Self::UpTo2M => "2M",
+        }
+    }
+}
+
+/// Counters of the requests for one operation of one size on one queue.
+#[derive(Debug, Default, Serialize)]
+pub struct SizeCounters {
+    /// Requests completed.
+    pub requests: Count,
+    /// Frames done.
+    pub frames: Count,
+    /// How long requests were available in the ring before the worker began.
+    pub wait: Histogram,
+    /// How long the worker took.
+    pub copy: Histogram,
+}
+
+/// Counters of the requests for one operation on one queue.
+#[derive(Debug, Default)]
+pub struct OperationCounters {
+    sizes: [SizeCounters; Size::ALL.len()],
+    /// Requests whose status was not `OK`.
+    pub errors: Count,
+}
+
+impl OperationCounters {
+    /// The counters of each size.
+    pub fn sizes(&self) -> impl Iterator<Item = (Size, &SizeCounters)> {
+        Size::ALL.into_iter().zip(&self.sizes)
+    }
+}
+
+/// Requests and frames that failed on one queue, by what their status says.
+#[derive(Debug, Default, Serialize)]
+pub struct Failures {
+    /// Requests some of whose frames failed.
+    pub partial: Count,
+    /// Malformed requests.
+    pub invalid: Count,
+    /// Requests of an operation that the queue does not know.
+    pub unsupported: Count,
+    /// Requests for frames that do not exist.
+    pub range: Count,
+    /// Requests with any other status, as injected faults have.
+    pub other: Count,
+    /// Frames whose guest page could not be accessed.
+    pub frames_fault: Count,
+    /// Frames that were not attempted.
+    pub frames_not_done: Count,
+    /// Frames that had lost their contents.
+    pub frames_poisoned: Count,
+}
+
+impl Failures {
+    /// Each with its name.
+    pub fn named(&self) -> [(&'static str, &Count); 8] {
+        [
+            ("partial", &self.partial),
+            ("invalid", &self.invalid),
+            ("unsupported", &self.unsupported),
+            ("range", &self.range),
+            ("other", &self.other),
+            ("frames_fault", &self.frames_fault),
+            ("frames_not_done", &self.frames_not_done),
+            ("frames_poisoned", &self.frames_poisoned),
+        ]
+    }
+}
+
+/// Counters of what goes on in a ring.
+#[derive(Debug, Default, Serialize)]
+pub struct RingCounters {
+    /// Requests that waited when the worker last found new ones.
+    pub occupancy: Count,
+    /// Most requests that ever waited.
+    pub occupancy_max: Count,
+    /// How often it found as many as the ring can hold.
+    pub full: Count,
+    /// Notifications by the driver.
+    pub kicks: Count,
+    /// Notifications of the driver.
+    pub calls: Count,
+    /// Used buffers of which the driver did not want to be notified.
+    pub calls_suppressed: Count,
+}
+
+/// Counters of one queue, written by its worker alone.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct QueueCounters {
+    operations: [OperationCounters; Operation::ALL.len()],
+    /// What failed.
+    pub failures: Failures,
+    /// The ring.
+    pub ring: RingCounters,
+}
+
+/// A request that is done.
+#[derive(Clone, Copy, Debug)]
+pub struct Completed {
+    /// What it asked for.
+    pub operation: Operation,
+    /// Frames that it named.
+    pub frames: u32,
+    /// Frames that succeeded.
+    pub done: u32,
+    /// Its status.
+    pub status: u32,
+    /// How long it took, if that is known.
+    pub timed: Option<Timed>,
+}
+
+/// How long a request took.
+#[derive(Clone, Copy, Debug)]
+pub struct Timed {
+    /// In the ring before it was begun.
+    pub wait: Duration,
+    /// From then on.
+    pub copy: Duration,
+    /// For how many requests it stands.
+    pub weight: u64,
+}
+
+impl QueueCounters {
+    /// Counts a completed request.
+    pub fn record(&self, completed: &Completed) {
+        let Some(counters) = self.operations.get(completed.operation as usize) else {
+            return;
+        };
+        if let Some(size) = counters.sizes.get(Size::of(completed.frames) as usize) {
+            size.frames.add(completed.done.into());
+            size.requests.add(1);
+            if let Some(timed) = &completed.timed {
+                size.wait.record(timed.wait, timed.weight);
+                size.copy.record(timed.copy, timed.weight);
+            }
+        }
+        if completed.status != VIRTIO_HMM_S_OK {
+            counters.errors.add(1);
+            self.record_status(completed.status);
+        }
+    }
+
+    /// Counts a request that failed with `status`, whatever it asked for.
+    pub fn record_status(&self, status: u32) {
+        let failures = &self.failures;
+        let counter = match status {
+            VIRTIO_HMM_S_PARTIAL => &failures.partial,
+            VIRTIO_HMM_S_INVALID => &failures.invalid,
+            VIRTIO_HMM_S_UNSUPPORTED => &failures.unsupported,
+            VIRTIO_HMM_S_RANGE => &failures.range,
+            _ => &failures.other,
+        };
+        counter.add(1);
+    }
+
+    /// Counts the frames that failed among those of these statuses.
+    pub fn record_frames(&self, statuses: &[u8]) {
+        for status in statuses {
+            match *status {
+                VIRTIO_HMM_FRAME_FAULT => self.failures.frames_fault.add(1),
+                VIRTIO_HMM_FRAME_NOT_DONE => self.failures.frames_not_done.add(1),
+                VIRTIO_HMM_FRAME_POISONED => self.failures.frames_poisoned.add(1),
+                _ => {}
+            }
+        }
+    }
+
+    /// The counters of each operation.
+    pub fn operations(&self) -> impl Iterator<Item = (Operation, &OperationCounters)> {
+        Operation::ALL.into_iter().zip(&self.operations)
+    }
+}
+
+/// Requests of one operation, on all queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Total {
+    /// Completed, whatever their status.
+    pub requests: u64,
+    /// Frames that succeeded.
+    pub frames: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// Requests whose status was not `OK`.
+    pub errors: u64,
 }
 
 /// Requests that met a fault on purpose, by fault.
@@ -83,38 +273,93 @@ impl Injected {
 }
 
 /// Counters of a session.
-#[derive(Debug, Default, Serialize)]
+///
+/// As JSON the sums over all queues, where every operation has the same four
+/// members:
+/// ```json
+/// {
+///   "to_device": { "requests": 0, "frames": 0, "bytes": 0, "errors": 0 },
+///   "from_device": {}, "fill": {}, "device_to_device": {}, "discard": {},
+///   "unsupported": 0,
+///   "injected": { "delay": 0, "reorder": 0, "error": 0, "status": 0, "short": 0,
+///                 "drop": 0, "stall": 0, "poison": 0, "dead": 0 }
+/// }
+/// ```
+#[derive(Debug)]
 pub struct Counters {
-    /// Guest pages to device frames.
-    pub to_device: OpCounters,
-    /// Device frames to guest pages.
-    pub from_device: OpCounters,
-    /// Frames set to zero.
-    pub fill: OpCounters,
-    /// Device frames to device frames.
-    pub device_to_device: OpCounters,
-    /// Frames given back to the host.
-    pub discard: OpCounters,
-    unsupported: AtomicU64,
+    queues: Box<[QueueCounters]>,
     /// Faults on purpose.
     pub injected: Injected,
 }
 
 impl Counters {
-    /// Counts a request of an operation unknown to its queue.
-    pub fn record_unsupported(&self) {
-        self.unsupported.fetch_add(1, Relaxed);
+    /// Counters for a device of so many queues, all zero.
+    pub fn new(queues: usize) -> Self {
+        Self {
+            queues: (0..queues).map(|_| QueueCounters::default()).collect(),
+            injected: Injected::default(),
+        }
+    }
+
+    /// The counters of each queue.
+    pub fn queues(&self) -> &[QueueCounters] {
+        &self.queues
+    }
+
+    /// The sum over all queues for one operation.
+    pub fn total(&self, operation: Operation) -> Total {
+        let mut total = Total::default();
+        for queue in &self.queues {
+            let Some(counters) = queue.operations.get(operation as usize) else {
+                continue;
+            };
+            total.errors += counters.errors.get();
+            for size in &counters.sizes {
+                total.requests += size.requests.get();
+                total.frames += size.frames.get();
+            }
+        }
+        total.bytes = total.frames.wrapping_mul(u64::from(VIRTIO_HMM_FRAME_SIZE));
+        total
+    }
+
+    fn unsupported(&self) -> u64 {
+        let counts = self.queues.iter().map(|queue| &queue.failures.unsupported);
+        counts.map(Count::get).sum()
     }
 
     /// The counters as `VIRTIO_HMM_OP_COUNTERS` reports them.
     pub fn to_wire(&self) -> virtio_hmm_counters {
+        let op = |operation| {
+            let total = self.total(operation);
+            virtio_hmm_op_counters {
+                requests: total.requests.into(),
+                frames: total.frames.into(),
+                bytes: total.bytes.into(),
+                errors: total.errors.into(),
+            }
+        };
         virtio_hmm_counters {
-            to_device: self.to_device.to_wire(),
-            from_device: self.from_device.to_wire(),
-            fill: self.fill.to_wire(),
-            device_to_device: self.device_to_device.to_wire(),
-            discard: self.discard.to_wire(),
-            unsupported: self.unsupported.load(Relaxed).into(),
+            to_device: op(Operation::ToDevice),
+            from_device: op(Operation::FromDevice),
+            fill: op(Operation::Fill),
+            device_to_device: op(Operation::DeviceToDevice),
+            discard: op(Operation::Discard),
+            unsupported: self.unsupported().into(),
         }
+    }
+}
+
+impl Serialize for Counters {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut out = serializer.serialize_struct("Counters", 7)?;
+        for operation in Operation::ALL {
+            if operation != Operation::Counters {
+                out.serialize_field(operation.name(), &self.total(operation))?;
+            }
+        }
+        out.serialize_field("unsupported", &self.unsupported())?;
+        out.serialize_field("injected", &self.injected)?;
+        out.end()
     }
 }

@@ -7,11 +7,13 @@
 //! control plane, on which the data plane never waits. [`link`] says how long a
 //! copy takes over a modelled link, [`rule`] and [`inject`] what goes wrong on purpose.
 pub mod abi;
+pub mod arrivals;
 pub mod backend;
 pub mod chain;
 pub mod control;
 pub mod counters;
 pub mod engine;
+pub mod histogram;
 pub mod inject;
 pub mod link;
 pub mod memory;
@@ -21,6 +23,7 @@ pub mod rule;
 pub mod server;
 pub mod session;
 pub mod socket;
+pub mod statistics;
 pub mod stop;
 pub mod units;
 pub mod worker;

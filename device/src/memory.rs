@@ -1,11 +1,16 @@
 //! The private memory of the device.
 
-use std::{fs, io};
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use nix::{
     fcntl::{FallocateFlags, fallocate},
     sys::memfd::{MFdFlags, memfd_create},
 };
+use serde::Serialize;
 use vm_memory::{
     FileOffset, MmapRegion, VolatileMemory, VolatileSlice, mmap::MmapRegionError,
     volatile_memory::Error as VolatileError,
@@ -52,11 +57,27 @@ pub enum Error {
     Range(#[source] VolatileError),
 }
 
+/// How much of the memory is used, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    /// There are.
+    pub size: u64,
+    /// The host has allocated now.
+    pub used: u64,
+    /// The host had allocated at most, as far as anybody looked: whoever asked,
+    /// and the device each time before it gave some back.
+    pub peak: u64,
+    /// Given back since the session began.
+    pub cleared: u64,
+}
+
 /// Memory of the device, in a memfd. The guest never sees a mapping of it.
 #[derive(Debug)]
 pub struct Memory {
     region: MmapRegion,
     prefault: bool,
+    peak: AtomicU64,
+    cleared: AtomicU64,
 }
 
 impl Memory {
@@ -79,7 +100,12 @@ impl Memory {
             .into();
         file.set_len(size).map_err(Error::Create)?;
         let region = MmapRegion::from_file(FileOffset::new(file, 0), length).map_err(Error::Map)?;
-        let memory = Self { region, prefault };
+        let memory = Self {
+            region,
+            prefault,
+            peak: AtomicU64::new(0),
+            cleared: AtomicU64::new(0),
+        };
         if prefault {
             memory
                 .fallocate(FallocateFlags::empty(), 0, size)
@@ -114,13 +140,41 @@ impl Memory {
     /// # Errors
     /// If the host refuses.
     pub fn clear(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.used();
         let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         self.fallocate(punch, offset, len).map_err(Error::Clear)?;
+        self.cleared.fetch_add(len, Relaxed);
         if self.prefault {
             self.fallocate(FallocateFlags::empty(), offset, len)
                 .map_err(Error::Allocate)?;
         }
         Ok(())
+    }
+
+    /// How much of it is used.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            size: self.size(),
+            used: self.used(),
+            peak: self.peak.load(Relaxed),
+            cleared: self.cleared.load(Relaxed),
+        }
+    }
+
+    /// Begins to count anew.
+    pub fn begin_session(&self) {
+        self.peak.store(0, Relaxed);
+        self.cleared.store(0, Relaxed);
+    }
+
+    /// Bytes that the host has allocated.
+    fn used(&self) -> u64 {
+        let file = self.region.file_offset().map(FileOffset::file);
+        // Nothing is known of a memory without a file, and there is none.
+        let metadata = file.and_then(|file| file.metadata().ok());
+        let used = metadata.map_or(0, |metadata| metadata.blocks() * 512);
+        self.peak.fetch_max(used, Relaxed);
+        used
     }
 
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
@@ -188,6 +242,27 @@ mod tests {
             assert!(bytes[4096..8192].iter().all(|b| *b == 0));
             assert!(bytes[8192..].iter().all(|b| *b == 7));
         }
+    }
+
+    #[test]
+    fn usage_is_what_the_host_has_allocated() {
+        let memory = Memory::new(2 * GRANULE, false).unwrap();
+        assert_eq!(memory.usage().used, 0);
+        memory.slice(0, 4096).unwrap().write_obj(1_u8, 0).unwrap();
+        let used = memory.usage().used;
+        assert!((4096..=GRANULE).contains(&used), "{used}");
+        memory.clear(0, GRANULE).unwrap();
+        let expected = Usage {
+            size: 2 * GRANULE,
+            used: 0,
+            peak: used,
+            cleared: GRANULE,
+        };
+        assert_eq!(memory.usage(), expected);
+        memory.begin_session();
+        assert_eq!(memory.usage().cleared, 0);
+        let memory = Memory::new(GRANULE, true).unwrap();
+        assert_eq!(memory.usage().used, GRANULE);
     }
 
     #[test]

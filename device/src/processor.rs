@@ -1,6 +1,6 @@
 //! Executes the requests of one queue and writes their responses.
 
-use std::{mem::size_of, ops::Deref, slice, sync::Arc};
+use std::{mem::size_of, ops::Deref, slice, sync::Arc, time::Instant};
 
 use tracing::debug;
 use virtio_queue::DescriptorChain;
@@ -15,7 +15,7 @@ use crate::{
         VIRTIO_HMM_S_PARTIAL, virtio_hmm_resp,
     },
     chain::{self, Buffers, Cursor, Segment},
-    counters::Counters,
+    counters::{Completed, Counters, QueueCounters, Timed},
     engine::Engine,
     inject::{Injector, Strike},
     memory,
@@ -61,6 +61,45 @@ pub struct Flaws<'a> {
     pub strike: Option<Strike>,
 }
 
+/// Frames from which on each request is timed: to look at the clock is nothing
+/// then.
+const TIMED: u32 = 32;
+
+/// What is known of the time of a request.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Timing {
+    /// When it was available in the ring; when it was begun, if not said.
+    pub arrived: Option<Instant>,
+    /// When it was begun, if it is to be timed however small it is.
+    pub begun: Option<Instant>,
+    /// For how many small requests it stands then.
+    pub weight: u64,
+}
+
+impl Timing {
+    /// Looks at the clock if a request of `frames` frames is large.
+    fn begin(&mut self, frames: u32) {
+        if frames >= TIMED {
+            self.begun.get_or_insert_with(Instant::now);
+            // Each of them is timed, and stands for itself.
+            self.weight = 1;
+        }
+    }
+
+    /// Looks at the clock if the request is timed.
+    fn end(&self) -> Option<(Instant, Timed)> {
+        let begun = self.begun?;
+        let now = Instant::now();
+        let arrived = self.arrived.unwrap_or(begun);
+        let timed = Timed {
+            wait: begun.saturating_duration_since(arrived),
+            copy: now.saturating_duration_since(begun),
+            weight: self.weight,
+        };
+        Some((now, timed))
+    }
+}
+
 /// A request that is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
@@ -70,6 +109,8 @@ pub struct Answer {
     pub operation: Option<Operation>,
     /// Frames that were done.
     pub frames: u32,
+    /// When it was done, if it was timed.
+    pub done: Option<Instant>,
 }
 
 /// Executes the requests of one queue.
@@ -84,12 +125,14 @@ pub struct Processor {
 
 impl Processor {
     /// A processor for a queue of this kind.
-    pub fn new(kind: QueueKind, engine: Engine, counters: Arc<Counters>) -> Self {
+    /// `index` is its number.
+    pub fn new(kind: QueueKind, index: usize, engine: Engine, counters: Arc<Counters>) -> Self {
         Self {
             kind,
             executor: Executor {
                 engine,
                 counters,
+                index,
                 statuses: Vec::new(),
             },
             buffers: Buffers::default(),
@@ -124,6 +167,7 @@ impl Processor {
         &mut self,
         mem: &GuestMemoryMmap,
         chain: DescriptorChain<M>,
+        mut timing: Timing,
         flaws: Option<Flaws<'_>>,
     ) -> Result<Option<Answer>, Error>
     where
@@ -135,6 +179,7 @@ impl Processor {
         if head.remaining() < HEAD || !body.skip(HEAD, mem, Permissions::Write) {
             return Err(Error::NoResponse);
         }
+        let mut done = None;
         let (operation, outcome) = match self.request.read_head(mem, self.kind, &self.buffers) {
             Ok((operation, mut data)) => {
                 let frames = self.executor.engine.memory().frames();
@@ -144,6 +189,7 @@ impl Processor {
                 {
                     Ok(()) => {
                         let request = &self.request;
+                        timing.begin(request.frames());
                         match flaws {
                             None => self.executor.execute(mem, operation, request, data, body)?,
                             Some(flaws) => {
@@ -159,12 +205,16 @@ impl Processor {
                     }
                     Err(rejection) => self.reject(&rejection),
                 };
-                self.executor.record(operation, &outcome);
+                let timed = timing.end();
+                done = timed.map(|(now, _)| now);
+                let frames = self.request.frames();
+                let timed = timed.map(|(_, timed)| timed);
+                self.executor.record(operation, frames, &outcome, timed);
                 (Some(operation), outcome)
             }
             Err(rejection) => {
-                if matches!(rejection, Rejection::Operation(_)) {
-                    self.executor.counters.record_unsupported();
+                if let Some(counters) = self.executor.queue() {
+                    counters.record_status(rejection.status());
                 }
                 (None, self.reject(&rejection))
             }
@@ -179,6 +229,7 @@ impl Processor {
             written: u32::try_from(HEAD + outcome.body).unwrap_or(u32::MAX),
             operation,
             frames: outcome.frames_done,
+            done,
         }))
     }
 
@@ -201,6 +252,7 @@ impl Processor {
 struct Executor {
     engine: Engine,
     counters: Arc<Counters>,
+    index: usize,
     statuses: Vec<u8>,
 }
 
@@ -345,19 +397,24 @@ impl Executor {
         })
     }
 
-    fn record(&self, operation: Operation, outcome: &Outcome) {
-        let counters = match operation {
-            Operation::ToDevice => &self.counters.to_device,
-            Operation::FromDevice => &self.counters.from_device,
-            Operation::Fill => &self.counters.fill,
-            Operation::DeviceToDevice => &self.counters.device_to_device,
-            Operation::Discard => &self.counters.discard,
-            Operation::Counters => return,
+    fn queue(&self) -> Option<&QueueCounters> {
+        self.counters.queues().get(self.index)
+    }
+
+    fn record(&self, operation: Operation, frames: u32, outcome: &Outcome, timed: Option<Timed>) {
+        let Some(counters) = self.queue() else {
+            return;
         };
-        counters.record(
-            outcome.frames_done.into(),
-            outcome.status == VIRTIO_HMM_S_OK,
-        );
+        counters.record(&Completed {
+            operation,
+            frames,
+            done: outcome.frames_done,
+            status: outcome.status,
+            timed,
+        });
+        if outcome.status == VIRTIO_HMM_S_PARTIAL {
+            counters.record_frames(&self.statuses);
+        }
     }
 }
 

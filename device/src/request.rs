@@ -48,7 +48,8 @@ pub enum Operation {
 }
 
 impl Operation {
-    const ALL: [Self; 6] = [
+    /// All operations, in the order of their declaration.
+    pub const ALL: [Self; 6] = [
         Self::ToDevice,
         Self::FromDevice,
         Self::Fill,

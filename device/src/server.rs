@@ -134,11 +134,12 @@ impl Server {
             &config.inject,
             config.copy_queues.into(),
         )?);
-        let memory = Memory::new(config.memory_size, config.prefault)?;
+        let memory = Arc::new(Memory::new(config.memory_size, config.prefault)?);
         let shared = Arc::new(Shared::new(config.memory_size, config.copy_queues));
         let stop = Arc::new(Stop::new()?);
         let mut control = Control::new(
             Arc::clone(&shared),
+            Arc::clone(&memory),
             Arc::clone(&injector),
             Arc::clone(&stop),
         );
@@ -147,7 +148,7 @@ impl Server {
             files.push(file);
             control.listen(listener)?;
         }
-        let engine = Engine::new(Arc::new(memory));
+        let engine = Engine::new(memory);
         Ok(Self {
             service: Service {
                 listener,
@@ -208,6 +209,7 @@ impl Service {
     fn run_session(&self, listener: &mut Listener) -> Result<(), Error> {
         let session = self.shared.begin();
         self.injector.begin();
+        self.engine.memory().begin_session();
         info!("session {} begins", session.number);
         let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let backend = Arc::new(Backend::new(

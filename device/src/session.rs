@@ -6,7 +6,10 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
-    abi::{VIRTIO_HMM_FRAME_SIZE, VIRTIO_HMM_MAX_FRAMES, VIRTIO_HMM_VERSION, virtio_hmm_config},
+    abi::{
+        VIRTIO_HMM_FRAME_SIZE, VIRTIO_HMM_MAX_FRAMES, VIRTIO_HMM_QUEUE_COPY, VIRTIO_HMM_VERSION,
+        virtio_hmm_config,
+    },
     counters::Counters,
 };
 
@@ -28,6 +31,12 @@ pub struct Session {
     pub counters: Arc<Counters>,
 }
 
+fn counters(copy_queues: u16) -> Arc<Counters> {
+    Arc::new(Counters::new(
+        VIRTIO_HMM_QUEUE_COPY as usize + usize::from(copy_queues),
+    ))
+}
+
 /// The state that the server and the control plane share.
 pub struct Shared {
     uuid: Uuid,
@@ -43,7 +52,7 @@ impl Shared {
             generation: 1,
             memory_size,
             copy_queues,
-            counters: Arc::default(),
+            counters: counters(copy_queues),
         };
         Self {
             uuid: Uuid::new_v4(),
@@ -66,7 +75,7 @@ impl Shared {
         let mut session = self.lock();
         session.number += 1;
         session.connected = true;
-        session.counters = Arc::default();
+        session.counters = counters(session.copy_queues);
         session.clone()
     }
 

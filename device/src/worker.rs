@@ -2,8 +2,8 @@
 //! modelled or something is wrong on purpose.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
-    hint, io,
+    collections::BTreeMap,
+    hint, io, mem,
     os::fd::{AsRawFd, RawFd},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
@@ -17,15 +17,19 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::{
     ErrorChain,
+    arrivals::Arrivals,
     counters::Counters,
     inject::{Injector, Strike},
     link::Link,
-    processor::{self, Answer, Flaws, Processor},
+    processor::{self, Answer, Flaws, Processor, Timing},
     rule::{Fault, Share},
 };
 
 /// How often a worker that may do nothing looks whether it may again.
 const LOOK: Duration = Duration::from_millis(10);
+
+/// Of small requests in a row, one of so many is timed.
+const SAMPLE: u64 = 64;
 
 /// How long before its time a worker waits awake for the end of a modelled
 /// transfer. To be woken takes about as long.
@@ -63,11 +67,15 @@ pub struct Worker {
     counters: Arc<Counters>,
     injector: Arc<Injector>,
     link: Option<Arc<Link>>,
-    /// When requests arrived that are not yet taken: all before this place in
-    /// the ring, at this time.
-    arrivals: VecDeque<(u16, Instant)>,
-    /// When the one arrived that was taken last.
-    arrived: Instant,
+    arrivals: Arrivals,
+    /// When the one arrived that was taken last, if it was taken from the ring.
+    arrived: Option<Instant>,
+    /// The time, if it was just found out.
+    now: Option<Instant>,
+    /// Whether the next request is the first after a while.
+    first: bool,
+    /// Requests of a row since one was timed.
+    untimed: u64,
     /// A broken ring.
     stopped: bool,
     /// The number of cures when the queue was stalled.
@@ -101,8 +109,11 @@ impl Worker {
             counters,
             injector,
             link,
-            arrivals: VecDeque::new(),
-            arrived: Instant::now(),
+            arrivals: Arrivals::default(),
+            arrived: None,
+            now: None,
+            first: true,
+            untimed: 0,
             stopped: false,
             stalled: None,
             held: BTreeMap::new(),
@@ -118,8 +129,17 @@ impl Worker {
         self.timer.as_raw_fd()
     }
 
+    /// Counts a notification by the driver.
+    pub fn kicked(&mut self) {
+        if let Some(counters) = self.counters.queues().get(self.queue as usize) {
+            counters.ring.kicks.add(1);
+        }
+    }
+
     /// Processes what is available in the ring and what is due.
     pub fn drain(&mut self, vring: &VringMutex, stop: impl Fn() -> bool) {
+        self.now = None;
+        self.first = true;
         loop {
             // A frontend that stops the queue takes this lock: once it has it,
             // no request is in flight and none is begun.
@@ -147,6 +167,7 @@ impl Worker {
     /// Ends what is in flight, for a queue that is stopped: what was held is
     /// executed now, since the queue's memory must not be touched later.
     pub fn stop(&mut self, vring: &VringMutex) {
+        self.now = None;
         let mut state = vring.get_mut();
         if !self.stopped
             && !self.injector.dead()
@@ -155,7 +176,7 @@ impl Worker {
             self.break_off(&e);
         }
         self.held.clear();
-        self.arrivals.clear();
+        self.arrivals = Arrivals::default();
         self.overtaken = None;
         self.stopped = false;
         self.stalled = None;
@@ -177,13 +198,17 @@ impl Worker {
         }
         let mem = self.mem.memory();
         let queue = state.get_queue_mut();
+        let queue_size = queue.size();
         let (available, next) = (
             queue.avail_idx(&*mem, Ordering::Acquire)?.0,
             queue.next_avail(),
         );
-        if self.link.is_some() {
-            self.note_arrivals(available, next);
+        let now = &mut self.now;
+        let clock = || *now.get_or_insert_with(Instant::now);
+        if self.arrivals.note(available, next, clock) {
+            self.count_arrivals(available.wrapping_sub(next), queue_size);
         }
+        self.arrived = self.arrivals.next();
         if available == next {
             // Until now the driver need not have notified; this also looks
             // whether it made something available just before.
@@ -202,17 +227,12 @@ impl Worker {
         Ok(true)
     }
 
-    /// Finds out when the request arrived that is `next`, now that those before
-    /// `available` have.
-    fn note_arrivals(&mut self, available: u16, next: u16) {
-        let now = Instant::now();
-        if self.arrivals.back().map_or(next, |(end, _)| *end) != available {
-            self.arrivals.push_back((available, now));
+    fn count_arrivals(&self, waiting: u16, size: u16) {
+        if let Some(counters) = self.counters.queues().get(self.queue as usize) {
+            counters.ring.occupancy.set(waiting.into());
+            counters.ring.occupancy_max.raise(waiting.into());
+            counters.ring.full.add(u64::from(waiting == size));
         }
-        while self.arrivals.front().is_some_and(|(end, _)| *end == next) {
-            self.arrivals.pop_front();
-        }
-        self.arrived = self.arrivals.front().map_or(now, |(_, arrival)| *arrival);
     }
 
     /// Whether anything is ever done later.
@@ -221,7 +241,7 @@ impl Worker {
     }
 
     /// Waits for what is due very soon. Returns whether there was any.
-    fn wait_awake(&self) -> bool {
+    fn wait_awake(&mut self) -> bool {
         let first = self.held.first_key_value();
         let Some(((due, _), Held::Answer(..))) = first else {
             return false;
@@ -232,6 +252,7 @@ impl Worker {
         while Instant::now() < *due {
             hint::spin_loop();
         }
+        self.now = None;
         true
     }
 
@@ -294,6 +315,7 @@ impl Worker {
         strike: Option<Strike>,
     ) -> Result<(), Error> {
         self.execute(state, chain, Some(strike))?;
+        self.arrived = None;
         match self.overtaken.take() {
             Some((_, chain)) => self.execute(state, chain, Some(None)),
             None => Ok(()),
@@ -310,7 +332,7 @@ impl Worker {
         {
             match first.remove() {
                 Held::Request(chain) => {
-                    self.arrived = Instant::now();
+                    self.arrived = None;
                     self.complete(state, chain, None)?;
                 }
                 Held::Answer(head, answer) => self.answer(state, head, answer)?,
@@ -331,21 +353,42 @@ impl Worker {
     ) -> Result<(), Error> {
         let head = chain.head_index();
         let mem = self.mem.memory();
+        let timing = self.timing();
         let flaws = flaws.map(|strike| Flaws {
             injector: &self.injector,
             strike,
         });
-        let Some(answer) = self.processor.process(&mem, chain, flaws)? else {
+        let Some(answer) = self.processor.process(&mem, chain, timing, flaws)? else {
             return Ok(());
         };
+        self.now = answer.done;
         if let Some(link) = &self.link
             && let Some(operation) = answer.operation.filter(|operation| operation.is_copy())
         {
-            let due = link.done(operation, answer.frames, self.arrived);
+            let arrived = timing.arrived.or(timing.begun).unwrap_or_else(Instant::now);
+            let due = link.done(operation, answer.frames, arrived);
             self.hold(due, Held::Answer(head, answer));
             return Ok(());
         }
         self.answer(state, head, answer)
+    }
+
+    /// Whether to time the request that is begun now. The first after a while
+    /// is, and some of those that come in a row.
+    fn timing(&mut self) -> Timing {
+        let weight = if self.first || self.link.is_some() {
+            Some(1)
+        } else {
+            self.untimed += 1;
+            (self.untimed == SAMPLE).then(|| mem::take(&mut self.untimed))
+        };
+        self.first = false;
+        let now = self.now.take();
+        Timing {
+            arrived: self.arrived,
+            begun: weight.map(|_| now.unwrap_or_else(Instant::now)),
+            weight: weight.unwrap_or(1),
+        }
     }
 
     fn hold(&mut self, due: Instant, held: Held) {
@@ -353,12 +396,24 @@ impl Worker {
         self.holds += 1;
     }
 
-    fn answer(&self, state: &mut VringState, head: u16, answer: Answer) -> Result<(), Error> {
+    fn answer(&mut self, state: &mut VringState, head: u16, answer: Answer) -> Result<(), Error> {
         state.add_used(head, answer.written)?;
-        if state.needs_notification()?
-            && let Err(e) = state.signal_used_queue()
-        {
-            debug!("cannot notify the driver: {e}");
+        let notify = state.needs_notification()?;
+        if let Some(counters) = self.counters.queues().get(self.queue as usize) {
+            let ring = &counters.ring;
+            let counter = if notify {
+                &ring.calls
+            } else {
+                &ring.calls_suppressed
+            };
+            counter.add(1);
+        }
+        if notify {
+            if let Err(e) = state.signal_used_queue() {
+                debug!("cannot notify the driver: {e}");
+            }
+            // That took a while.
+            self.now = None;
         }
         Ok(())
     }

@@ -6,7 +6,11 @@ use std::{ops::Range, sync::Arc};
 
 use proptest::{collection::vec, prelude::*};
 use vhost_device_hmm::{
-    abi::*, counters::Counters, engine::Engine, memory::Memory, processor::Processor,
+    abi::*,
+    counters::Counters,
+    engine::Engine,
+    memory::Memory,
+    processor::{Processor, Timing},
     request::QueueKind,
 };
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -167,9 +171,9 @@ proptest! {
         };
         let before = content();
         let engine = Engine::new(Arc::new(Memory::new(2 << 20, false).unwrap()));
-        let mut processor = Processor::new(kind, engine, Arc::new(Counters::default()));
+        let mut processor = Processor::new(kind, 0, engine, Arc::new(Counters::new(1)));
         let chain = queue.iter(&mem).unwrap().next().unwrap();
-        let result = processor.process(&mem, chain, None);
+        let result = processor.process(&mem, chain, Timing::default(), None);
         let after = content();
 
         let writable: Vec<Range<u64>> = table

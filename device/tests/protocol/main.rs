@@ -16,3 +16,4 @@ mod operations;
 mod rejections;
 mod rings;
 mod sessions;
+mod statistics;
