@@ -30,7 +30,9 @@ use crate::{
     abi::{VIRTIO_HMM_FRAME_SIZE, VIRTIO_HMM_VERSION},
     inject::{Injector, Report},
     memory::Memory,
+    metrics::Metrics,
     rule::{self, Rule},
+    scrape::Scrape,
     session::{Session, Shared},
     statistics::statistics,
     stop::Stop,
@@ -59,6 +61,7 @@ pub struct Control {
     stop: Arc<Stop>,
     listener: Option<UnixListener>,
     signals: Option<SignalFd>,
+    scrape: Option<Scrape>,
     connections: HashMap<RawFd, Connection>,
 }
 
@@ -99,6 +102,7 @@ impl Control {
             stop,
             listener: None,
             signals: None,
+            scrape: None,
             connections: HashMap::new(),
         }
     }
@@ -110,6 +114,16 @@ impl Control {
     pub fn listen(&mut self, listener: UnixListener) -> Result<(), Error> {
         listener.set_nonblocking(true)?;
         self.listener = Some(listener);
+        Ok(())
+    }
+
+    /// Serves metrics to those who connect to `listener`.
+    ///
+    /// # Errors
+    /// If the socket cannot be made non-blocking.
+    pub fn serve_metrics(&mut self, listener: UnixListener) -> Result<(), Error> {
+        let metrics = Metrics::new(Arc::clone(&self.shared), Arc::clone(&self.memory));
+        self.scrape = Some(Scrape::new(listener, metrics)?);
         Ok(())
     }
 
@@ -131,10 +145,13 @@ impl Control {
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn start(self) -> Result<JoinHandle<Result<(), Error>>, Error> {
-        let mut manager = EventManager::new()?;
+    pub fn start(mut self) -> Result<JoinHandle<Result<(), Error>>, Error> {
+        let mut manager = EventManager::<Box<dyn MutEventSubscriber + Send>>::new()?;
         let stop = Arc::clone(&self.stop);
-        manager.add_subscriber(self);
+        if let Some(scrape) = self.scrape.take() {
+            manager.add_subscriber(Box::new(scrape));
+        }
+        manager.add_subscriber(Box::new(self));
         let run = move || {
             while !stop.requested() {
                 if let Err(e) = manager.run() {

@@ -58,6 +58,9 @@ struct Args {
     /// Answer questions about the device on this UNIX socket
     #[arg(long, value_name = "PATH")]
     control_socket: Option<PathBuf>,
+    /// Serve metrics on this UNIX socket, as OpenMetrics text over HTTP
+    #[arg(long, value_name = "PATH")]
+    metrics_socket: Option<PathBuf>,
     /// Allocate device memory at the start, not on first use
     #[arg(long)]
     prefault: bool,
@@ -99,6 +102,7 @@ fn serve(args: Args) -> Result<(), Error> {
         memory_size: args.memory_size,
         copy_queues: args.copy_queues,
         control_socket: args.control_socket,
+        metrics_socket: args.metrics_socket,
         prefault: args.prefault,
         link: link::Config {
             bandwidth: args.bandwidth,

@@ -57,6 +57,8 @@ pub struct Config {
     pub copy_queues: u16,
     /// Path of the control socket.
     pub control_socket: Option<PathBuf>,
+    /// Path of the metrics socket.
+    pub metrics_socket: Option<PathBuf>,
     /// Whether to allocate the memory before it is used.
     pub prefault: bool,
     /// The link to the device that is modelled.
@@ -147,6 +149,11 @@ impl Server {
             let (listener, file) = socket::listen(path)?;
             files.push(file);
             control.listen(listener)?;
+        }
+        if let Some(path) = &config.metrics_socket {
+            let (listener, file) = socket::listen(path)?;
+            files.push(file);
+            control.serve_metrics(listener)?;
         }
         let engine = Engine::new(memory);
         Ok(Self {

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The time from the connection of a VM to that of the next.
-#[derive(Clone, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Session {
     /// Counts the sessions, 0 before the first.
     #[serde(rename = "session")]
@@ -38,6 +38,7 @@ fn counters(copy_queues: u16) -> Arc<Counters> {
 }
 
 /// The state that the server and the control plane share.
+#[derive(Debug)]
 pub struct Shared {
     uuid: Uuid,
     session: Mutex<Session>,

@@ -114,6 +114,7 @@ impl Device {
             memory_size: MEMORY_SIZE,
             copy_queues: COPY_QUEUES as u16,
             control_socket: Some(dir.path().join("control")),
+            metrics_socket: Some(dir.path().join("metrics")),
             prefault: false,
             link,
             inject: rules.iter().map(|rule| rule.parse().unwrap()).collect(),
@@ -136,6 +137,10 @@ impl Device {
 
     pub fn control(&self) -> UnixStream {
         UnixStream::connect(self.dir.path().join("control")).unwrap()
+    }
+
+    pub fn metrics(&self) -> UnixStream {
+        UnixStream::connect(self.dir.path().join("metrics")).unwrap()
     }
 
     /// Sends a line to the control socket and returns the reply.

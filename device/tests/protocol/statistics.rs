@@ -1,5 +1,7 @@
 //! What the device counts for itself.
 
+use std::io::{Read, Write};
+
 use serde_json::Value;
 use vhost_device_hmm::{abi::*, link::Config};
 
@@ -68,13 +70,19 @@ fn requests_are_counted_by_queue_operation_and_size() {
 fn small_requests_in_a_row_are_counted_one_by_one_and_timed_now_and_then() {
     let device = Device::start();
     let mut vm = Vm::connect(&device);
+    fill(&mut vm, COPY, 2);
+    // The worker is woken once because of the set-up. From then on it sleeps
+    // until it is kicked.
+    wait("two wakes", || {
+        number(&statistics(&device), "/queues/2/ring/kicks") == 2
+    });
     let head = vm.place(&Request::new(VIRTIO_HMM_OP_FILL, &[(0, 1)]).encode());
     let response = vm.place(&[0; 9]);
     for chain in 0..QUEUE_SIZE {
         vm.offer_buffers(COPY, chain & !1, &[head], &[response]);
     }
     vm.kick(COPY);
-    wait("the requests", || vm.used(COPY) == QUEUE_SIZE);
+    wait("the requests", || vm.used(COPY) == QUEUE_SIZE + 1);
     let seen = statistics(&device);
     let at = "/queues/2/operations/fill/sizes/4K";
     assert_eq!(
@@ -180,4 +188,88 @@ fn memory_in_use_is_told_and_begins_anew_with_each_vm() {
     assert_eq!(number(&seen, "/session"), 2);
     assert_eq!(number(&seen, "/memory/peak"), 0);
     assert_eq!(seen["queues"][2]["operations"], serde_json::json!({}));
+}
+
+/// What the metrics socket answers to a request.
+fn scrape(device: &Device, request: &str) -> String {
+    let mut stream = device.metrics();
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply).unwrap();
+    reply
+}
+
+#[test]
+fn metrics_say_what_the_statistics_say() {
+    let device = Device::start();
+    let mut vm = Vm::connect(&device);
+    for frames in [1, 1, 3, 512] {
+        fill(&mut vm, COPY, frames);
+    }
+    fill(&mut vm, COPY + 1, 0);
+    device.inject("error=2,count=1");
+    fill(&mut vm, COPY, 3);
+    let reply = scrape(&device, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    let (head, text) = reply.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200 OK\r\nContent-Type: application/openmetrics-text"));
+    assert!(head.contains(&format!("Content-Length: {}\r\n", text.len())));
+    for line in [
+        r#"hmm_requests_total{queue="2",operation="fill",size="4K"} 2"#,
+        r#"hmm_requests_total{queue="2",operation="fill",size="64K"} 2"#,
+        r#"hmm_frames_total{queue="2",operation="fill",size="64K"} 4"#,
+        r#"hmm_moved_bytes_total{queue="2",operation="fill",size="2M"} 2097152"#,
+        r#"hmm_request_copy_seconds_count{queue="2",operation="fill",size="2M"} 1"#,
+        r#"hmm_request_copy_seconds_bucket{le="+Inf",queue="2",operation="fill",size="2M"} 1"#,
+        r#"hmm_failures_total{queue="3",failure="invalid"} 1"#,
+        r#"hmm_failures_total{queue="2",failure="frames_fault"} 2"#,
+        r#"hmm_injected_total{fault="error"} 1"#,
+        r#"hmm_ring_occupancy_max{queue="2"} 1"#,
+        "hmm_connected 1",
+        "hmm_memory_size_bytes 8388608",
+        "# TYPE hmm_request_wait_seconds histogram",
+    ] {
+        assert!(text.lines().any(|l| l == line), "no {line} in\n{text}");
+    }
+    assert!(text.ends_with("# EOF\n"));
+    // Buckets only grow.
+    let labels = r#"queue="2",operation="fill",size="4K""#;
+    let buckets = text.lines().filter(|line| {
+        line.starts_with("hmm_request_copy_seconds_bucket") && line.contains(labels)
+    });
+    let counts: Vec<u64> = buckets
+        .map(|line| line.rsplit(' ').next().unwrap().parse().unwrap())
+        .collect();
+    assert!(counts.len() > 20 && counts.is_sorted(), "{counts:?}");
+}
+
+#[test]
+fn other_requests_to_the_metrics_socket_are_refused() {
+    let device = Device::start();
+    for request in [
+        "GET /secrets HTTP/1.1\r\n\r\n",
+        "POST /metrics HTTP/1.1\r\n\r\n",
+    ] {
+        assert!(scrape(&device, request).starts_with("HTTP/1.1 404 "));
+    }
+    assert_eq!(scrape(&device, &"x".repeat(4096)), "");
+    let half = device.metrics();
+    (&half).write_all(b"GET /met").unwrap();
+    drop(half);
+    assert!(scrape(&device, "GET / HTTP/1.0\r\n\r\n").starts_with("HTTP/1.1 200 "));
+}
+
+#[test]
+fn clients_that_never_read_keep_nobody_from_the_metrics() {
+    let device = Device::start();
+    let mut lazy = Vec::new();
+    for _ in 0..100 {
+        let mut stream = device.metrics();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        lazy.push(stream);
+        let silent = device.metrics();
+        lazy.push(silent);
+    }
+    let reply = scrape(&device, "GET /metrics HTTP/1.1\r\n\r\n");
+    assert!(reply.starts_with("HTTP/1.1 200 "));
+    assert_eq!(device.counters()["session"], 0);
 }
