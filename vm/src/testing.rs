@@ -12,6 +12,7 @@ use rustix::process::Signal;
 use crate::build::{cargo, copy_module_sources, make_command, module_sources, source_files};
 use crate::error::{Error, FileContext, Result, with_sources};
 use crate::kernel::{KERNEL_VARIABLE, Kernel};
+use crate::named_kernel::{self, NamedKernel};
 use crate::paths::{self, Cache};
 use crate::prepare::{ACCELERATOR_VARIABLE, MachineOptions, Prepared};
 use crate::process::{capture, die_with_parent, run};
@@ -27,6 +28,8 @@ pub const TOOL_VARIABLE: &str = "VIRTIO_HMM_TOOL";
 pub const IMAGE_VARIABLE: &str = "VIRTIO_HMM_IMAGE";
 /// Variable that tells them where the kernel's own modules are.
 pub const MODULES_VARIABLE: &str = "VIRTIO_HMM_MODULES";
+/// Variable that tells them which kernels of `images/kernels.toml` there are, by name.
+pub const KERNELS_VARIABLE: &str = "VIRTIO_HMM_KERNELS";
 
 /// How many tests ended how.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -130,6 +133,22 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
         tally.add(tell(check.name(), started, verdict));
     }
 
+    let mut kernels = Vec::new();
+    for name in named_kernel::names()? {
+        let started = Instant::now();
+        let mirror = options.mirror.as_deref();
+        let verdict = match NamedKernel::find(&name, &cache)?.make(&cache, mirror, Report) {
+            Ok(kernel) => {
+                kernels.push(name.clone());
+                ModuleCheck::Warnings.run(&kernel, &cache, mirror)
+            }
+            Err(error @ Error::NoPackage { .. }) => Verdict::Skipped(error.to_string()),
+            Err(error) => Verdict::Failed(with_sources(&error)),
+        };
+        let check = format!("{} on {name}", ModuleCheck::Warnings.name());
+        tally.add(tell(&check, started, verdict));
+    }
+
     let mut tests = cargo();
     tests.args(["test", "--package", VM_TESTS, "--", "--include-ignored"]);
     let tool = env::current_exe().at("find", "this program")?;
@@ -138,6 +157,7 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
         .env(ACCELERATOR_VARIABLE, prepared.accelerator().to_string())
         .env(TOOLBOX_VARIABLE, options.toolbox.to_string())
         .env(KERNEL_VARIABLE, options.kernel.to_string())
+        .env(KERNELS_VARIABLE, kernels.join(" "))
         .env(IMAGE_VARIABLE, &prepared.kernel().image)
         .env(MODULES_VARIABLE, &prepared.kernel().modules);
     tally.add(cargo_test(&mut tests)?);

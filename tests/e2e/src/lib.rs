@@ -143,6 +143,14 @@ impl Tool {
         self.launch()?.finish()
     }
 
+    /// Runs it to its end, which may take as long as this.
+    ///
+    /// # Errors
+    /// It cannot be started, or does not end.
+    pub fn finish_within(self, patience: Duration) -> Result<Finished> {
+        self.launch()?.finish_within(patience)
+    }
+
     /// Starts it; its standard input stays open if `finish_with_input` or `listening` opened it.
     ///
     /// # Errors
@@ -296,10 +304,14 @@ impl Running {
     ///
     /// # Errors
     /// It does not end; it is killed then.
-    pub fn finish(mut self) -> Result<Finished> {
+    pub fn finish(self) -> Result<Finished> {
+        self.finish_within(PATIENCE)
+    }
+
+    fn finish_within(mut self, patience: Duration) -> Result<Finished> {
         let mut stdout = self.stdout;
         let reader = thread::spawn(move || read_all(&mut stdout));
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience;
         let status = loop {
             if let Some(status) = self.child.try_wait()? {
                 break status;
