@@ -25,8 +25,8 @@ use virtio_hmm_client::{Device, PAGE_SIZE};
 /// How long a test may take.
 const TEST_DEADLINE: Duration = Duration::from_secs(120);
 
-/// How long a scenario may take beside its duration.
-const SCENARIO_DEADLINE: Duration = Duration::from_secs(90);
+/// How long a scenario may take beside its duration, on a kernel that checks every access.
+const SCENARIO_DEADLINE: Duration = Duration::from_secs(300);
 
 /// How long a step of the model checker may take, on average.
 const MODEL_STEP: Duration = Duration::from_millis(100);
