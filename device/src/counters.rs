@@ -64,7 +64,7 @@ pub struct SizeCounters {
     pub requests: Count,
     /// Frames done.
     pub frames: Count,
-    /// How long requests were available in the ring before the worker began.
+    /// How long requests waited in the ring since the worker had found them.
     pub wait: Histogram,
     /// How long the worker took.
     pub copy: Histogram,
