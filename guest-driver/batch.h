@@ -44,6 +44,7 @@ enum vhmm_outcome {
  * @fill: the fill request, NULL when the batch only moves pages to RAM
  * @counter: what pages that moved are counted as
  * @allocation: where frames come from, in a batch that goes to the device
+ * @fill_holes: where there is no page one is wanted, vhmm_vma_fills_holes()
  * @from_peer: it is about pages in the memory of other devices
  * @bounce: the RAM they come through; NULL if there were none yet
  * @evict: what to make room with; NULL if that was not needed yet
@@ -62,6 +63,7 @@ struct vhmm_batch {
 	struct vhmm_request *fill;
 	enum vhmm_counter counter;
 	struct vhmm_allocation *allocation;
+	bool fill_holes;
 	bool from_peer;
 	struct page **bounce;
 	struct vhmm_batch *evict;

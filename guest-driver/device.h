@@ -13,6 +13,7 @@
 #include <linux/notifier.h>
 #include <linux/rwsem.h>
 #include <linux/spinlock.h>
+#include <linux/userfaultfd_k.h>
 #include <linux/virtio.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
@@ -236,6 +237,15 @@ void vhmm_peer_done(struct vhmm_batch *b);
 void vhmm_evict_owner(struct vhmm_batch *b, unsigned long frame);
 void vhmm_make_room(struct vhmm_batch *b, struct mm_struct *mm);
 int vhmm_release_all(struct vhmm_context *ctx, struct virtio_hmm_release *arg);
+
+/*
+ * Whether holes of a mapping can become device pages. Those that userfaultfd
+ * watches cannot: the kernel leaves them to who watches.
+ */
+static inline bool vhmm_vma_fills_holes(struct vm_area_struct *vma)
+{
+	return vma_is_anonymous(vma) && !userfaultfd_missing(vma);
+}
 
 /* residency.c */
 unsigned int vhmm_residency(struct vhmm_device *dev, struct mm_struct *mm,

@@ -174,8 +174,10 @@ static unsigned long vhmm_count_homeless(struct vhmm_batch *b, struct mm_struct 
 			continue;
 		switch (residency[(addr - a->start) >> PAGE_SHIFT]) {
 		case VIRTIO_HMM_RESIDENCY_NONE:
-		case VIRTIO_HMM_RESIDENCY_RAM:
 		case VIRTIO_HMM_RESIDENCY_ZERO:
+			nr += vhmm_vma_fills_holes(vma);
+			break;
+		case VIRTIO_HMM_RESIDENCY_RAM:
 		case VIRTIO_HMM_RESIDENCY_OTHER_DEVICE:
 			nr++;
 		}

@@ -55,7 +55,7 @@ static bool vhmm_wanted(const struct vhmm_batch *b, const u8 *outcome,
 	page = vhmm_entry_page(b->src, i);
 	if (b->from_peer)
 		return page && !vhmm_pfn_is_ours(b->dev, page_to_pfn(page));
-	return !page || folio_test_anon(page_folio(page));
+	return page ? folio_test_anon(page_folio(page)) : b->fill_holes;
 }
 
 /* Give a large folio, or a hole as large, a large folio of device memory. */
@@ -338,6 +338,7 @@ static void vhmm_migrate_vma(struct vhmm_batch *b, struct vm_area_struct *vma,
 			 MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
 	};
 
+	b->fill_holes = vhmm_vma_fills_holes(vma);
 	if (large && vhmm_may_be_large(vma, start, end))
 		args.flags |= MIGRATE_VMA_SELECT_COMPOUND;
 	if (migrate_vma_setup(&args)) {

@@ -143,14 +143,15 @@ static enum virtio_hmm_skip vhmm_why_present(struct vm_area_struct *vma,
 	struct folio *folio;
 
 	if (is_zero_pfn(pfn))
-		return VIRTIO_HMM_SKIP_BUSY;
+		return vhmm_vma_fills_holes(vma) ? VIRTIO_HMM_SKIP_BUSY :
+						   VIRTIO_HMM_SKIP_UNSUPPORTED;
 	if (!pfn_valid(pfn))
 		return VIRTIO_HMM_SKIP_UNSUPPORTED;
 	folio = pfn_folio(pfn);
 	/* The huge zero page, or a page of the file that the VMA maps. */
 	if (!folio_test_anon(folio))
-		return vma_is_anonymous(vma) ? VIRTIO_HMM_SKIP_BUSY :
-					       VIRTIO_HMM_SKIP_UNSUPPORTED;
+		return vhmm_vma_fills_holes(vma) ? VIRTIO_HMM_SKIP_BUSY :
+						   VIRTIO_HMM_SKIP_UNSUPPORTED;
 	return folio_maybe_dma_pinned(folio) ? VIRTIO_HMM_SKIP_PINNED :
 					       VIRTIO_HMM_SKIP_BUSY;
 }
@@ -168,7 +169,7 @@ enum virtio_hmm_skip vhmm_why_in_ram(struct vhmm_device *dev,
 				     unsigned long addr)
 {
 	/* A hole is filled unless something came in between. */
-	enum virtio_hmm_skip why = vma_is_anonymous(vma) ?
+	enum virtio_hmm_skip why = vhmm_vma_fills_holes(vma) ?
 		VIRTIO_HMM_SKIP_BUSY : VIRTIO_HMM_SKIP_UNSUPPORTED;
 	unsigned long flags, frame;
 	pmd_t pmd;

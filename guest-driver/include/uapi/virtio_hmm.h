@@ -67,7 +67,8 @@ enum virtio_hmm_direction {
  * @VIRTIO_HMM_SKIP_SWAPPED: in swap
  * @VIRTIO_HMM_SKIP_OTHER_DEVICE: in the memory of another device
  * @VIRTIO_HMM_SKIP_UNSUPPORTED: a kind of memory that does not migrate: file,
- *	shared, hugetlb or device mappings, and guard pages
+ *	shared, hugetlb or device mappings, guard pages, and holes that
+ *	userfaultfd watches
  * @VIRTIO_HMM_SKIP_UNMAPPED: nothing is mapped there
  * @VIRTIO_HMM_SKIP_NO_MEMORY: no free memory at the destination
  * @VIRTIO_HMM_SKIP_COPY_FAILED: the device reported an error for it
