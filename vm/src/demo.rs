@@ -38,6 +38,8 @@ pub struct Demo {
     pub pages_to_system_by_request: u64,
     /// Of these, pages that a CPU touched.
     pub pages_to_system_by_fault: u64,
+    /// Of these, by eviction.
+    pub pages_to_system_by_eviction: u64,
     /// CPU faults on device pages.
     pub cpu_faults: u64,
     /// Holes and zero pages that became zeroed device pages, without a copy.
@@ -207,9 +209,11 @@ impl Demo {
             pages_to_device: driver("pages_to_device"),
             pages_to_system: driver("pages_to_system")
                 + driver("pages_faulted")
+                + driver("pages_evicted")
                 + driver("pages_evacuated"),
             pages_to_system_by_request: driver("pages_to_system"),
             pages_to_system_by_fault: driver("pages_faulted"),
+            pages_to_system_by_eviction: driver("pages_evicted"),
             cpu_faults: driver("cpu_faults"),
             holes_filled: driver("pages_filled"),
             skipped,
@@ -257,6 +261,10 @@ impl Demo {
         row(
             "pages back by CPU fault",
             grouped(self.pages_to_system_by_fault),
+        );
+        row(
+            "pages back by eviction",
+            grouped(self.pages_to_system_by_eviction),
         );
         row("holes and zero pages filled", grouped(self.holes_filled));
         row("pages skipped", grouped(self.skipped.values().sum()));

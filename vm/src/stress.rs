@@ -175,6 +175,7 @@ impl Stress {
         row("pages to the device", driver("pages_to_device"));
         row("pages back on request", driver("pages_to_system"));
         row("pages back by CPU fault", driver("pages_faulted"));
+        row("pages back by eviction", driver("pages_evicted"));
         row("pages evicted", driver("pages_evicted"));
         row(
             "device frames lost",
