@@ -155,8 +155,11 @@ impl Root {
             .arg(&self.path)
             .arg(directory)
             .arg(script);
-        // The host's locale may not exist here.
-        command.env("LC_ALL", "C").env("TMPDIR", "/tmp");
+        // The host's locale may not exist here. The kernel's make forgets LC_ALL.
+        command
+            .env("LC_ALL", "C")
+            .env("LANG", "C")
+            .env("TMPDIR", "/tmp");
         command
     }
 }
