@@ -160,15 +160,16 @@ void vhmm_evict_owner(struct vhmm_batch *b, unsigned long frame)
 static unsigned long vhmm_count_homeless(struct vhmm_batch *b, struct mm_struct *mm)
 {
 	const struct vhmm_allocation *a = b->allocation;
+	struct vm_area_struct *vma = NULL;
 	u8 *residency = (u8 *)b->pages;
 	unsigned long addr, nr = 0;
-	struct vm_area_struct *vma;
 
 	mmap_assert_locked(mm);
 
 	vhmm_residency(b->dev, mm, a->start, a->end, residency, NULL);
 	for (addr = a->start; addr < a->end; addr += PAGE_SIZE) {
-		vma = vma_lookup(mm, addr);
+		if (!vma || addr >= vma->vm_end)
+			vma = vma_lookup(mm, addr);
 		if (!vma || !vma_is_anonymous(vma) ||
 		    !vhmm_vma_can_migrate(vma, true))
 			continue;
