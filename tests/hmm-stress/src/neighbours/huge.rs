@@ -3,7 +3,7 @@
 use virtio_hmm_client::{Direction, PAGE_SIZE, Residency};
 
 use super::counted::counted;
-use super::userfaultfd::{Mode, PAGEFAULT_FLAG_WP, Userfaultfd};
+use super::userfaultfd::{Mode, PAGEFAULT_FLAG_WP, Userfaultfd, expect_faults};
 use crate::context::Context;
 use crate::failure::Failure;
 use crate::pagemap;
@@ -76,15 +76,7 @@ pub(super) fn write_protected(context: &Context) -> Result<(), Failure> {
             Ok(())
         },
     )?;
-    let mut seen: Vec<_> = faults.iter().map(|fault| fault.address).collect();
-    seen.dedup();
-    let expected: Vec<_> = region.range(0..KEPT).step_by(PAGE_SIZE).collect();
-    require!(
-        seen == expected,
-        "{} faults, {} expected",
-        seen.len(),
-        expected.len()
-    );
+    expect_faults(&region, &faults, 0..KEPT)?;
     context.check(&region, 0..PAGES, |_| 2)
 }
 

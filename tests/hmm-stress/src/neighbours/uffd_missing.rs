@@ -3,7 +3,7 @@
 use virtio_hmm_client::{Direction, PAGE_SIZE, Residency};
 
 use super::counted::counted;
-use super::userfaultfd::{Fault, MOVE, Mode, Userfaultfd};
+use super::userfaultfd::{Fault, MOVE, Mode, Userfaultfd, expect_faults};
 use crate::context::Context;
 use crate::failure::Failure;
 use crate::region::Region;
@@ -20,21 +20,6 @@ fn answer(uffd: &Userfaultfd, region: &Region, fault: Fault) -> Result<(), Failu
     let page = (fault.address - region.all().start) / PAGE_SIZE;
     let words: Vec<u64> = region.pattern(page, 2).words().collect();
     uffd.copy(fault.address, &words)
-}
-
-fn expect_faults(
-    region: &Region,
-    faults: &[Fault],
-    pages: std::ops::Range<usize>,
-) -> Result<(), Failure> {
-    let mut seen: Vec<_> = faults.iter().map(|fault| fault.address).collect();
-    seen.dedup();
-    let expected: Vec<_> = region.range(pages).step_by(PAGE_SIZE).collect();
-    require!(
-        seen == expected,
-        "faults at {seen:x?}, {expected:x?} expected"
-    );
-    Ok(())
 }
 
 /// migrate_vma_insert_page() backs off from a hole that is watched.

@@ -10,6 +10,7 @@ use std::thread;
 use virtio_hmm_client::PAGE_SIZE;
 
 use crate::failure::Failure;
+use crate::region::Region;
 use crate::require;
 
 // linux/userfaultfd.h, which the libc crate does not have.
@@ -52,6 +53,29 @@ pub(super) struct Fault {
     pub write_protect: bool,
     /// Whether it is an access to a page that is protected from any.
     pub access_protect: bool,
+}
+
+/// Require that there was a fault for each of `pages` of `region`, in their order, and no
+/// other. Several may tell of the same.
+///
+/// # Errors
+/// The faults are of other pages.
+pub(super) fn expect_faults(
+    region: &Region,
+    faults: &[Fault],
+    pages: impl IntoIterator<Item = usize>,
+) -> Result<(), Failure> {
+    let mut seen: Vec<_> = faults.iter().map(|fault| fault.address).collect();
+    seen.dedup();
+    let expected: Vec<_> = pages
+        .into_iter()
+        .map(|page| region.range(page..page + 1).start)
+        .collect();
+    require!(
+        seen == expected,
+        "faults at {seen:x?}, {expected:x?} expected"
+    );
+    Ok(())
 }
 
 const fn iowr(number: libc::Ioctl, size: libc::Ioctl) -> libc::Ioctl {
