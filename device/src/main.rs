@@ -133,6 +133,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_max_level(args.log_level)
+        // To report a log that cannot be written would panic, since that goes there too.
+        .log_internal_errors(false)
         .init();
     match serve(args) {
         Ok(()) => ExitCode::SUCCESS,
