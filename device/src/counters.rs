@@ -58,7 +58,7 @@ impl Size {
 }
 
 /// Counters of the requests for one operation of one size on one queue.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default)]
 pub struct SizeCounters {
     /// Requests completed.
     pub requests: Count,
@@ -68,6 +68,17 @@ pub struct SizeCounters {
     pub wait: Histogram,
     /// How long the worker took.
     pub copy: Histogram,
+}
+
+impl SizeCounters {
+    /// Bytes of the frames done.
+    pub fn bytes(&self) -> u64 {
+        bytes(self.frames.get())
+    }
+}
+
+fn bytes(frames: u64) -> u64 {
+    frames.wrapping_mul(u64::from(VIRTIO_HMM_FRAME_SIZE))
 }
 
 /// Counters of the requests for one operation on one queue.
@@ -225,6 +236,12 @@ impl QueueCounters {
     pub fn operations(&self) -> impl Iterator<Item = (Operation, &OperationCounters)> {
         Operation::ALL.into_iter().zip(&self.operations)
     }
+
+    /// How long the worker was busy with requests, in nanoseconds.
+    pub fn busy(&self) -> u64 {
+        let sizes = self.operations.iter().flat_map(|counters| &counters.sizes);
+        sizes.map(|size| size.copy.sum()).sum()
+    }
 }
 
 /// Requests of one operation, on all queues.
@@ -319,7 +336,7 @@ impl Counters {
                 total.frames += size.frames.get();
             }
         }
-        total.bytes = total.frames.wrapping_mul(u64::from(VIRTIO_HMM_FRAME_SIZE));
+        total.bytes = bytes(total.frames);
         total
     }
 
@@ -347,6 +364,18 @@ impl Counters {
             discard: op(Operation::Discard),
             unsupported: self.unsupported().into(),
         }
+    }
+}
+
+impl Serialize for SizeCounters {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut out = serializer.serialize_struct("SizeCounters", 5)?;
+        out.serialize_field("requests", &self.requests)?;
+        out.serialize_field("frames", &self.frames)?;
+        out.serialize_field("bytes", &self.bytes())?;
+        out.serialize_field("wait", &self.wait)?;
+        out.serialize_field("copy", &self.copy)?;
+        out.end()
     }
 }
 

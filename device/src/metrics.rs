@@ -12,7 +12,6 @@ use prometheus_client::{
 use serde_json::Value;
 
 use crate::{
-    abi::VIRTIO_HMM_FRAME_SIZE,
     counters::{Counters, QueueCounters, SizeCounters},
     histogram::Histogram,
     memory::Memory,
@@ -128,30 +127,26 @@ fn series(counters: &Counters) -> impl Iterator<Item = ([Label; 3], &SizeCounter
 
 fn requests(encoder: &mut DescriptorEncoder, counters: &Counters) -> fmt::Result {
     type Value = fn(&SizeCounters) -> u64;
-    let frame = u64::from(VIRTIO_HMM_FRAME_SIZE);
-    for (name, help, unit, scale, value) in [
+    for (name, help, unit, value) in [
         (
             "hmm_requests",
             "Requests completed",
             None,
-            1,
             (|c| c.requests.get()) as Value,
         ),
-        ("hmm_frames", "Frames that succeeded", None, 1, |c| {
+        ("hmm_frames", "Frames that succeeded", None, |c| {
             c.frames.get()
         }),
         (
             "hmm_moved",
             "Bytes of these",
             Some(&Unit::Bytes),
-            frame,
-            |c| c.frames.get(),
+            SizeCounters::bytes,
         ),
     ] {
         let mut family = encoder.encode_descriptor(name, help, unit, MetricType::Counter)?;
         for (labels, counters) in series(counters) {
-            let value = value(counters).wrapping_mul(scale);
-            ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
+            ConstCounter::new(value(counters)).encode(family.encode_family(&labels)?)?;
         }
     }
     type Times = fn(&SizeCounters) -> &Histogram;
@@ -245,6 +240,14 @@ fn rings(encoder: &mut DescriptorEncoder, counters: &Counters) -> fmt::Result {
                 _ => gauge(metric, value(queue))?,
             }
         }
+    }
+    let help = "Time that the worker was busy with requests";
+    let (unit, kind) = (Some(&Unit::Seconds), MetricType::Counter);
+    let mut family = encoder.encode_descriptor("hmm_busy", help, unit, kind)?;
+    for (index, queue) in counters.queues().iter().enumerate() {
+        let labels: [Label; 1] = [("queue", index.to_string())];
+        let metric = family.encode_family(&labels)?;
+        ConstCounter::new(seconds(queue.busy())).encode(metric)?;
     }
     let help = "Requests and frames that failed";
     let mut family = encoder.encode_descriptor("hmm_failures", help, None, MetricType::Counter)?;

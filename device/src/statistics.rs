@@ -36,6 +36,7 @@ fn queue(counters: &QueueCounters) -> Value {
         .filter(|(_, value)| value != &Value::Null)
         .collect();
     json!({
+        "busy_ns": counters.busy(),
         "operations": operations,
         "failures": counters.failures,
         "ring": counters.ring,
