@@ -32,7 +32,7 @@ use crate::{
     memory::Memory,
     metrics::Metrics,
     rule::{self, Rule},
-    scrape::Scrape,
+    scrape::{Listener, Scrape},
     session::{Session, Shared},
     statistics::statistics,
     stop::Stop,
@@ -61,7 +61,7 @@ pub struct Control {
     stop: Arc<Stop>,
     listener: Option<UnixListener>,
     signals: Option<SignalFd>,
-    scrape: Option<Scrape>,
+    scrapes: Vec<Scrape>,
     connections: HashMap<RawFd, Connection>,
 }
 
@@ -102,7 +102,7 @@ impl Control {
             stop,
             listener: None,
             signals: None,
-            scrape: None,
+            scrapes: Vec::new(),
             connections: HashMap::new(),
         }
     }
@@ -117,13 +117,13 @@ impl Control {
         Ok(())
     }
 
-    /// Serves metrics to those who connect to `listener`.
+    /// Serves metrics to those who connect to `listener`; can be repeated.
     ///
     /// # Errors
     /// If the socket cannot be made non-blocking.
-    pub fn serve_metrics(&mut self, listener: UnixListener) -> Result<(), Error> {
+    pub fn serve_metrics(&mut self, listener: Listener) -> Result<(), Error> {
         let metrics = Metrics::new(Arc::clone(&self.shared), Arc::clone(&self.memory));
-        self.scrape = Some(Scrape::new(listener, metrics)?);
+        self.scrapes.push(Scrape::new(listener, metrics)?);
         Ok(())
     }
 
@@ -148,7 +148,7 @@ impl Control {
     pub fn start(mut self) -> Result<JoinHandle<Result<(), Error>>, Error> {
         let mut manager = EventManager::<Box<dyn MutEventSubscriber + Send>>::new()?;
         let stop = Arc::clone(&self.stop);
-        if let Some(scrape) = self.scrape.take() {
+        for scrape in self.scrapes.drain(..) {
             manager.add_subscriber(Box::new(scrape));
         }
         manager.add_subscriber(Box::new(self));

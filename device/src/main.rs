@@ -1,6 +1,6 @@
 //! The daemon's command line.
 
-use std::{os::fd::RawFd, path::PathBuf, process::ExitCode, time::Duration};
+use std::{net::SocketAddr, os::fd::RawFd, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{ArgGroup, Parser};
 use tracing::level_filters::LevelFilter;
@@ -61,6 +61,9 @@ struct Args {
     /// Serve metrics on this UNIX socket, as OpenMetrics text over HTTP
     #[arg(long, value_name = "PATH")]
     metrics_socket: Option<PathBuf>,
+    /// Serve metrics over TCP as well, on a loopback address such as 127.0.0.1:9464
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics_tcp: Option<SocketAddr>,
     /// Allocate device memory at the start, not on first use
     #[arg(long)]
     prefault: bool,
@@ -103,6 +106,7 @@ fn serve(args: Args) -> Result<(), Error> {
         copy_queues: args.copy_queues,
         control_socket: args.control_socket,
         metrics_socket: args.metrics_socket,
+        metrics_tcp: args.metrics_tcp,
         prefault: args.prefault,
         link: link::Config {
             bandwidth: args.bandwidth,

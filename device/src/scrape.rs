@@ -1,9 +1,10 @@
-//! Serves the metrics to those who ask for them on a UNIX socket, over HTTP, on
-//! the event loop of the control plane.
+//! Serves the metrics to those who ask for them on a socket, over HTTP, on the
+//! event loop of the control plane.
 
 use std::{
     collections::BTreeMap,
     io::{self, Read, Write},
+    net::{TcpListener, TcpStream},
     os::{
         fd::{AsRawFd, RawFd},
         unix::net::{UnixListener, UnixStream},
@@ -19,16 +20,64 @@ use crate::metrics::Metrics;
 const MAX_REQUEST: usize = 4096;
 const MAX_CONNECTIONS: usize = 16;
 
+/// A socket on which to serve.
+#[derive(Debug)]
+pub enum Listener {
+    /// In the file system.
+    Unix(UnixListener),
+    /// On an address of this host.
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    fn set_nonblocking(&self) -> io::Result<()> {
+        match self {
+            Self::Unix(listener) => listener.set_nonblocking(true),
+            Self::Tcp(listener) => listener.set_nonblocking(true),
+        }
+    }
+
+    /// The next connection, non-blocking.
+    fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        match self {
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(true)?;
+                Ok(Box::new(stream))
+            }
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(true)?;
+                Ok(Box::new(stream))
+            }
+        }
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Unix(listener) => listener.as_raw_fd(),
+            Self::Tcp(listener) => listener.as_raw_fd(),
+        }
+    }
+}
+
+trait Stream: Read + Write + AsRawFd + Send {}
+
+impl Stream for UnixStream {}
+impl Stream for TcpStream {}
+
 /// The metrics endpoint.
 pub struct Scrape {
-    listener: UnixListener,
+    listener: Listener,
     metrics: Metrics,
     connections: BTreeMap<RawFd, Connection>,
     accepted: u64,
 }
 
 struct Connection {
-    stream: UnixStream,
+    stream: Box<dyn Stream>,
     /// Connections are counted, so that the oldest can be found.
     number: u64,
     request: Vec<u8>,
@@ -42,8 +91,8 @@ impl Scrape {
     ///
     /// # Errors
     /// If the socket cannot be made non-blocking.
-    pub fn new(listener: UnixListener, metrics: Metrics) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
+    pub fn new(listener: Listener, metrics: Metrics) -> io::Result<Self> {
+        listener.set_nonblocking()?;
         Ok(Self {
             listener,
             metrics,
@@ -54,8 +103,16 @@ impl Scrape {
 
     fn accept(&mut self, ops: &mut EventOps) {
         let stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+            Ok(stream) => stream,
+            // A peer over TCP may be gone again.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
+                ) =>
+            {
+                return;
+            }
             Err(e) => {
                 // The event would come again and again.
                 error!("the metrics socket fails: {e}");
@@ -63,10 +120,6 @@ impl Scrape {
                 return;
             }
         };
-        if let Err(e) = stream.set_nonblocking(true) {
-            debug!("cannot serve a metrics connection: {e}");
-            return;
-        }
         // One that never reads must not keep others away.
         if self.connections.len() >= MAX_CONNECTIONS {
             let oldest = self.connections.values().min_by_key(|c| c.number);

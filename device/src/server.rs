@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     os::{
         fd::{AsFd, AsRawFd, RawFd},
         unix::net::UnixListener,
@@ -29,6 +30,7 @@ use crate::{
     link,
     memory::{self, Memory},
     rule::{self, Rule},
+    scrape,
     session::Shared,
     socket::{self, SocketFile},
     stop::Stop,
@@ -59,6 +61,8 @@ pub struct Config {
     pub control_socket: Option<PathBuf>,
     /// Path of the metrics socket.
     pub metrics_socket: Option<PathBuf>,
+    /// Address on which metrics are served over TCP. Whoever can connect may read them.
+    pub metrics_tcp: Option<SocketAddr>,
     /// Whether to allocate the memory before it is used.
     pub prefault: bool,
     /// The link to the device that is modelled.
@@ -153,7 +157,12 @@ impl Server {
         if let Some(path) = &config.metrics_socket {
             let (listener, file) = socket::listen(path)?;
             files.push(file);
-            control.serve_metrics(listener)?;
+            control.serve_metrics(scrape::Listener::Unix(listener))?;
+        }
+        if let Some(address) = config.metrics_tcp {
+            let listener = socket::listen_tcp(address)?;
+            info!("metrics at http://{}/metrics", listener.local_addr()?);
+            control.serve_metrics(scrape::Listener::Tcp(listener))?;
         }
         let engine = Engine::new(memory);
         Ok(Self {

@@ -1,7 +1,8 @@
-//! Listening UNIX sockets.
+//! Listening sockets.
 
 use std::{
     fs, io,
+    net::{SocketAddr, TcpListener},
     os::{
         fd::{FromRawFd, RawFd},
         unix::{
@@ -30,6 +31,12 @@ pub enum Error {
     /// The path cannot be used.
     #[error("cannot listen on {0}")]
     Bind(PathBuf, #[source] io::Error),
+    /// The address cannot be used.
+    #[error("cannot listen on {0}")]
+    Address(SocketAddr, #[source] io::Error),
+    /// The address can be reached from other hosts.
+    #[error("{0} is not a loopback address, and metrics are served to whoever asks")]
+    NotLoopback(SocketAddr),
     /// The file descriptor cannot be used.
     #[error("cannot use file descriptor {0}")]
     Fd(RawFd, #[source] io::Error),
@@ -67,6 +74,17 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), Error> {
     }
     let listener = UnixListener::bind(path).map_err(bind)?;
     Ok((listener, SocketFile(path.into())))
+}
+
+/// Listens on an address that only this host can reach; port 0 is any free one.
+///
+/// # Errors
+/// If the address is another one, or cannot be used.
+pub fn listen_tcp(address: SocketAddr) -> Result<TcpListener, Error> {
+    if !address.ip().is_loopback() {
+        return Err(Error::NotLoopback(address));
+    }
+    TcpListener::bind(address).map_err(|source| Error::Address(address, source))
 }
 
 /// Whether the socket at `path` belongs to a process. To ask with a datagram

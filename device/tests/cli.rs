@@ -3,6 +3,8 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::{TcpListener, TcpStream},
     os::{
         fd::AsRawFd,
         unix::{
@@ -198,6 +200,43 @@ fn unusable_sockets_are_refused() {
     fs::write(&path, "precious").unwrap();
     fails(&["-s", socket], &["not a socket"]);
     assert_eq!(fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn metrics_are_served_on_loopback_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let socket = socket.to_str().unwrap();
+    let tcp = |address| ["-s", socket, "--metrics-tcp", address];
+    for address in [
+        "0.0.0.0:0",
+        "192.0.2.1:9464",
+        "[::]:9464",
+        "[2001:db8::1]:1",
+    ] {
+        fails(&tcp(address), &[address, "not a loopback address"]);
+    }
+    for address in ["127.0.0.1", "9464", "127.0.0.1:x", "127.0.0.1:65536"] {
+        fails(&tcp(address), &["--metrics-tcp", "socket address"]);
+    }
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    fails(&tcp(&address), &["cannot listen on", &address, "in use"]);
+
+    let mut child = daemon(&tcp("127.0.0.1:0")).spawn().unwrap();
+    let log = BufReader::new(child.stderr.take().unwrap()).lines();
+    let address = log.map(Result::unwrap).find_map(|line| {
+        let (_, address) = line.split_once("metrics at http://")?;
+        Some(address.strip_suffix("/metrics").unwrap().to_owned())
+    });
+    let mut stream = TcpStream::connect(address.unwrap()).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply).unwrap();
+    assert!(reply.starts_with("HTTP/1.1 200 "), "{reply}");
+    assert!(reply.ends_with("# EOF\n"), "{reply}");
+    signal(&child, Signal::SIGTERM);
+    assert!(finish(child).status.success());
 }
 
 #[test]

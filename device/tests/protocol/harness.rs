@@ -115,6 +115,7 @@ impl Device {
             copy_queues: COPY_QUEUES as u16,
             control_socket: Some(dir.path().join("control")),
             metrics_socket: Some(dir.path().join("metrics")),
+            metrics_tcp: None,
             prefault: false,
             link,
             inject: rules.iter().map(|rule| rule.parse().unwrap()).collect(),
