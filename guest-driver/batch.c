@@ -14,12 +14,14 @@
 /**
  * vhmm_batch_alloc() - allocate the working memory of a migration
  * @dev: the device
- * @to_device: where it goes; the other way there are no holes to fill
+ * @trigger: why; only on the way to the device are there holes to fill
  *
  * Return: the batch, or NULL.
  */
-struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool to_device)
+struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
+				    enum vhmm_trigger trigger)
 {
+	const bool to_device = trigger == VHMM_IOCTL_TO_DEVICE;
 	const unsigned int max = VHMM_BATCH_PAGES;
 	struct vhmm_batch *b;
 	unsigned long *words;
@@ -28,7 +30,7 @@ struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool to_device)
 	if (!b)
 		return NULL;
 	b->dev = dev;
-	b->counter = to_device ? VHMM_PAGES_TO_DEVICE : VHMM_PAGES_TO_SYSTEM;
+	b->trigger = trigger;
 	words = kvmalloc_array(max, 4 * sizeof(*words) + sizeof(*b->outcome),
 			       GFP_KERNEL);
 	b->src = words;
@@ -153,4 +155,29 @@ void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
 		if (ret || !vhmm_request_frame_ok(r, i))
 			vhmm_drop_destination(dst, r->slots[i]);
 	}
+}
+
+/**
+ * vhmm_settle() - count the frames that were copied or filled for nothing
+ * @r: the request, which was waited for, or has no frames; is empty afterwards
+ * @src: source entries after migrate_vma_pages(), or before the same frames are
+ *	copied once more
+ * @dst: destination entries
+ *
+ * Return: the outcome of the request.
+ */
+int vhmm_settle(struct vhmm_request *r, const unsigned long *src,
+		const unsigned long *dst)
+{
+	unsigned int i, op, nr = r->nr_frames, unused = 0;
+
+	r->nr_frames = 0;
+	if (!nr || r->error)
+		return nr ? r->error : 0;
+	op = le32_to_cpu(r->req->op) - VIRTIO_HMM_OP_TO_DEVICE;
+	for (i = 0; i < nr; i++)
+		unused += vhmm_request_frame_ok(r, i) &&
+			  !vhmm_has_moved(src, dst, r->slots[i]);
+	vhmm_count(r->dev, VHMM_TO_DEVICE_UNUSED + op, unused);
+	return 0;
 }

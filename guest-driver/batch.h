@@ -42,7 +42,7 @@ enum vhmm_outcome {
  * @outcome: for each page, &enum vhmm_outcome
  * @copy: the copy request
  * @fill: the fill request, NULL when the batch only moves pages to RAM
- * @counter: what pages that moved are counted as
+ * @trigger: why pages migrate
  * @allocation: where frames come from, in a batch that goes to the device
  * @fill_holes: where there is no page one is wanted, vhmm_vma_fills_holes()
  * @from_peer: it is about pages in the memory of other devices
@@ -61,7 +61,7 @@ struct vhmm_batch {
 	u8 *outcome;
 	struct vhmm_request *copy;
 	struct vhmm_request *fill;
-	enum vhmm_counter counter;
+	enum vhmm_trigger trigger;
 	struct vhmm_allocation *allocation;
 	bool fill_holes;
 	bool from_peer;
@@ -116,7 +116,8 @@ static inline unsigned long vhmm_ram_destination(struct folio *folio)
 	       (folio_test_large(folio) ? MIGRATE_PFN_COMPOUND : 0);
 }
 
-struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev, bool to_device);
+struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
+				    enum vhmm_trigger trigger);
 void vhmm_batch_free(struct vhmm_batch *b);
 
 void vhmm_drop_destination(unsigned long *dst, unsigned long i);
@@ -127,5 +128,7 @@ void vhmm_check_src(struct vhmm_device *dev, const unsigned long *src,
 void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
 		      const unsigned long *src, unsigned long *dst,
 		      unsigned long nr);
+int vhmm_settle(struct vhmm_request *r, const unsigned long *src,
+		const unsigned long *dst);
 
 #endif /* VHMM_BATCH_H */

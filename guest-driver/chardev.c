@@ -70,6 +70,7 @@ static int vhmm_ioctl_migrate(struct vhmm_context *ctx, void __user *argp)
 {
 	struct virtio_hmm_migrate arg;
 	struct vhmm_device *dev = ctx->dev;
+	enum vhmm_trigger trigger;
 	int ret;
 
 	if (copy_from_user(&arg, argp, sizeof(arg)))
@@ -85,14 +86,17 @@ static int vhmm_ioctl_migrate(struct vhmm_context *ctx, void __user *argp)
 	arg.filled = 0;
 	memset(arg.skipped, 0, sizeof(arg.skipped));
 
-	ret = vhmm_migrate_range(ctx, &arg);
+	trigger = arg.direction == VIRTIO_HMM_TO_DEVICE ? VHMM_IOCTL_TO_DEVICE :
+							  VHMM_IOCTL_TO_SYSTEM;
+	ret = vhmm_migrate_range(ctx, &arg, trigger);
 	while (ret == -EAGAIN) {
 		/* The system is going to sleep, and we with it: hold no lock. */
 		up_read(&dev->use);
 		ret = vhmm_wait_awake(dev);
 		down_read(&dev->use);
 		if (!ret)
-			ret = dev->gone ? -ENODEV : vhmm_migrate_range(ctx, &arg);
+			ret = dev->gone ? -ENODEV :
+					  vhmm_migrate_range(ctx, &arg, trigger);
 	}
 	if (copy_to_user(argp, &arg, sizeof(arg)))
 		return -EFAULT;

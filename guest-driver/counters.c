@@ -3,21 +3,26 @@
  * The driver's counters, and the device's own, in debugfs.
  */
 #include <linux/debugfs.h>
+#include <linux/ktime.h>
+#include <linux/percpu.h>
 #include <linux/seq_file.h>
 
 #include "device.h"
 #include "request.h"
+#include "trace.h"
 
 static struct dentry *vhmm_debugfs_root;
 
 static const char * const vhmm_counter_names[VHMM_NR_COUNTERS] = {
 	[VHMM_PAGES_TO_DEVICE] = "pages_to_device",
-	[VHMM_PAGES_FILLED] = "pages_filled",
 	[VHMM_PAGES_TO_SYSTEM] = "pages_to_system",
+	[VHMM_PAGES_RELEASED] = "pages_released",
 	[VHMM_PAGES_FAULTED] = "pages_faulted",
-	[VHMM_PAGES_EVACUATED] = "pages_evacuated",
 	[VHMM_PAGES_EVICTED] = "pages_evicted",
+	[VHMM_PAGES_EVACUATED] = "pages_evacuated",
+	[VHMM_PAGES_FILLED] = "pages_filled",
 	[VHMM_PAGES_FROM_PEER] = "pages_from_peer",
+	[VHMM_PAGES_TO_PEER] = "pages_to_peer",
 	[VHMM_THP_TO_DEVICE] = "thp_to_device",
 	[VHMM_THP_TO_SYSTEM] = "thp_to_system",
 	[VHMM_THP_FALLBACK] = "thp_fallback",
@@ -44,6 +49,9 @@ static const char * const vhmm_counter_names[VHMM_NR_COUNTERS] = {
 	[VHMM_TO_DEVICE_BYTES] = "to_device_bytes",
 	[VHMM_FROM_DEVICE_BYTES] = "from_device_bytes",
 	[VHMM_FILL_BYTES] = "fill_bytes",
+	[VHMM_TO_DEVICE_UNUSED] = "to_device_unused",
+	[VHMM_FROM_DEVICE_UNUSED] = "from_device_unused",
+	[VHMM_FILL_UNUSED] = "fill_unused",
 	[VHMM_TO_DEVICE_NS] = "to_device_ns",
 	[VHMM_FROM_DEVICE_NS] = "from_device_ns",
 	[VHMM_FILL_NS] = "fill_ns",
@@ -53,14 +61,144 @@ static const char * const vhmm_counter_names[VHMM_NR_COUNTERS] = {
 	[VHMM_SRC_CHANGED] = "src_changed",
 };
 
+static const char * const vhmm_trigger_names[VHMM_NR_TRIGGERS] = {
+	[VHMM_IOCTL_TO_DEVICE] = "ioctl_to_device",
+	[VHMM_IOCTL_TO_SYSTEM] = "ioctl_to_system",
+	[VHMM_RELEASE] = "release",
+	[VHMM_CPU_FAULT] = "cpu_fault",
+	[VHMM_EVICTION] = "eviction",
+	[VHMM_EVACUATION] = "evacuation",
+};
+
+static const char * const vhmm_phase_names[VHMM_NR_PHASES] = {
+	[VHMM_SETUP] = "setup",
+	[VHMM_COPY] = "copy",
+	[VHMM_PAGES] = "pages",
+	[VHMM_FINALIZE] = "finalize",
+};
+
+static u64 vhmm_counted(const u64 __percpu *counter)
+{
+	u64 sum = 0;
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		sum += *per_cpu_ptr(counter, cpu);
+	return sum;
+}
+
+/**
+ * vhmm_migration_begin() - begin to count and time a migration
+ * @m: where to keep it
+ * @dev: the device
+ * @trigger: why
+ * @start: address of the first page; 0 if they are found by their frames
+ * @nr: number of pages to look at
+ */
+void vhmm_migration_begin(struct vhmm_migration *m, struct vhmm_device *dev,
+			  enum vhmm_trigger trigger, unsigned long start,
+			  unsigned long nr)
+{
+	*m = (struct vhmm_migration) {
+		.dev = dev,
+		.trigger = trigger,
+		.start = start,
+		.nr = nr,
+		.lap = ktime_get_ns(),
+	};
+}
+
+/**
+ * vhmm_migration_lap() - a phase has ended, and the next one begins
+ * @m: the migration
+ * @phase: the phase that has ended
+ */
+void vhmm_migration_lap(struct vhmm_migration *m, enum vhmm_phase phase)
+{
+	u64 now = ktime_get_ns();
+
+	m->phase_ns[phase] = now - m->lap;
+	m->lap = now;
+}
+
+/**
+ * vhmm_migration_end() - count a migration
+ * @m: the migration
+ * @moved: how many pages moved; holes that were filled are none
+ * @error: of the setup or the copy, or 0
+ */
+void vhmm_migration_end(struct vhmm_migration *m, unsigned long moved, int error)
+{
+	struct vhmm_counters __percpu *counters = m->dev->counters;
+	unsigned int i;
+
+	this_cpu_add(counters->value[VHMM_PAGES_TO_DEVICE + m->trigger], moved);
+	this_cpu_inc(counters->migrations[m->trigger]);
+	for (i = 0; i < VHMM_NR_PHASES; i++)
+		this_cpu_add(counters->phase_ns[m->trigger][i], m->phase_ns[i]);
+	trace_vhmm_migration(m, moved, error);
+}
+
+/*
+ * A time below 8 ns has a bucket of its own. Of others, the power of two and
+ * the three bits that follow the first one make the bucket.
+ */
+static unsigned int vhmm_latency_bucket(u64 ns)
+{
+	unsigned int shift;
+
+	if (ns < 1 << VHMM_LATENCY_SHIFT)
+		return ns;
+	shift = fls64(ns) - 1 - VHMM_LATENCY_SHIFT;
+	return (shift << VHMM_LATENCY_SHIFT) + (ns >> shift);
+}
+
+/* The least time that is too long for a bucket; 0 stands for 2^64. */
+static u64 vhmm_latency_bound(unsigned int bucket)
+{
+	unsigned int next = bucket + 1;
+	unsigned int shift = next >> VHMM_LATENCY_SHIFT;
+
+	if (!shift)
+		return next;
+	return (u64)(next - ((shift - 1) << VHMM_LATENCY_SHIFT)) << (shift - 1);
+}
+
+/**
+ * vhmm_count_fault() - count a CPU fault and the time that it took
+ * @dev: the device
+ * @ns: nanoseconds
+ */
+void vhmm_count_fault(struct vhmm_device *dev, u64 ns)
+{
+	vhmm_count(dev, VHMM_CPU_FAULTS, 1);
+	vhmm_count(dev, VHMM_FAULT_NS, ns);
+	this_cpu_inc(dev->counters->fault_latency[vhmm_latency_bucket(ns)]);
+}
+
+static void vhmm_show_migrations(struct seq_file *m, struct vhmm_device *dev,
+				 enum vhmm_trigger t)
+{
+	unsigned int i;
+
+	seq_printf(m, "%s_migrate_count %llu\n", vhmm_trigger_names[t],
+		   vhmm_counted(&dev->counters->migrations[t]));
+	for (i = 0; i < VHMM_NR_PHASES; i++)
+		seq_printf(m, "%s_migrate_%s_ns %llu\n", vhmm_trigger_names[t],
+			   vhmm_phase_names[i],
+			   vhmm_counted(&dev->counters->phase_ns[t][i]));
+}
+
 static int counters_show(struct seq_file *m, void *unused)
 {
 	struct vhmm_device *dev = m->private;
 	unsigned int i;
 
 	for (i = 0; i < VHMM_NR_COUNTERS; i++)
-		seq_printf(m, "%s %lld\n", vhmm_counter_names[i],
-			   atomic64_read(&dev->counters[i]));
+		seq_printf(m, "%s %llu\n", vhmm_counter_names[i],
+			   vhmm_counted(&dev->counters->value[i]));
+	for (i = 0; i < VHMM_NR_TRIGGERS; i++)
+		vhmm_show_migrations(m, dev, i);
 	seq_printf(m, "frames_total %lu\n", dev->memory.nr_frames);
 	seq_printf(m, "frames_free %lu\n",
 		   dev->memory.nr_frames - vhmm_memory_used(dev));
@@ -68,6 +206,21 @@ static int counters_show(struct seq_file *m, void *unused)
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(counters);
+
+static int fault_latency_show(struct seq_file *m, void *unused)
+{
+	struct vhmm_device *dev = m->private;
+	unsigned int i;
+	u64 nr;
+
+	for (i = 0; i < VHMM_LATENCY_BUCKETS; i++) {
+		nr = vhmm_counted(&dev->counters->fault_latency[i]);
+		if (nr)
+			seq_printf(m, "%llu %llu\n", vhmm_latency_bound(i), nr);
+	}
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(fault_latency);
 
 static void vhmm_show_op(struct seq_file *m, const char *op,
 			 const struct virtio_hmm_op_counters *c)
@@ -102,6 +255,8 @@ void vhmm_debugfs_add(struct vhmm_device *dev)
 {
 	dev->debugfs = debugfs_create_dir(dev->misc.name, vhmm_debugfs_root);
 	debugfs_create_file("counters", 0444, dev->debugfs, dev, &counters_fops);
+	debugfs_create_file("fault_latency", 0444, dev->debugfs, dev,
+			    &fault_latency_fops);
 	debugfs_create_file("device_counters", 0444, dev->debugfs, dev,
 			    &device_counters_fops);
 }

@@ -11,6 +11,7 @@
 #include <linux/miscdevice.h>
 #include <linux/mutex.h>
 #include <linux/notifier.h>
+#include <linux/percpu.h>
 #include <linux/rwsem.h>
 #include <linux/spinlock.h>
 #include <linux/userfaultfd_k.h>
@@ -135,7 +136,7 @@ struct vhmm_device {
 	u8 uuid[16];
 	atomic64_t next_cookie;
 
-	atomic64_t counters[VHMM_NR_COUNTERS];
+	struct vhmm_counters __percpu *counters;
 	struct dentry *debugfs;
 };
 
@@ -154,7 +155,7 @@ void vhmm_queues_del(struct vhmm_device *dev);
 static inline void vhmm_count(struct vhmm_device *dev, unsigned int counter,
 			      u64 n)
 {
-	atomic64_add(n, &dev->counters[counter]);
+	this_cpu_add(dev->counters->value[counter], n);
 }
 
 static inline bool vhmm_device_is_broken(const struct vhmm_device *dev)
@@ -223,7 +224,8 @@ int vhmm_reset_done(struct virtio_device *vdev);
 void vhmm_shutdown(struct virtio_device *vdev);
 
 /* migrate.c */
-int vhmm_migrate_range(struct vhmm_context *ctx, struct virtio_hmm_migrate *arg);
+int vhmm_migrate_range(struct vhmm_context *ctx, struct virtio_hmm_migrate *arg,
+		       enum vhmm_trigger trigger);
 int vhmm_release_range(struct vhmm_context *ctx, struct virtio_hmm_release *arg);
 unsigned long vhmm_migrate_home(struct vhmm_batch *b, struct mm_struct *mm,
 				unsigned long start, unsigned long end);

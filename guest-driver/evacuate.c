@@ -76,8 +76,12 @@ unsigned long vhmm_evacuate_frames(struct vhmm_batch *b,
 	gfp_t gfp = GFP_HIGHUSER_MOVABLE | (a ? __GFP_NOWARN : __GFP_NOFAIL);
 	struct vhmm_device *dev = b->dev;
 	unsigned long i, moved, nr;
+	struct vhmm_migration m;
 
+	vhmm_migration_begin(&m, dev, b->trigger, 0, 0);
 	nr = vhmm_evacuate_setup(b, a, start);
+	m.nr = nr;
+	vhmm_migration_lap(&m, VHMM_SETUP);
 	memcpy(b->src_seen, b->src, nr * sizeof(*b->src));
 	for (i = 0; i < nr; i++) {
 		bool large = b->src[i] & MIGRATE_PFN_COMPOUND;
@@ -95,10 +99,13 @@ unsigned long vhmm_evacuate_frames(struct vhmm_batch *b,
 	}
 	vhmm_copy_to_ram(dev, b->copy, b->src, b->dst, nr);
 	vhmm_check_src(dev, b->src, b->src_seen, nr);
+	vhmm_migration_lap(&m, VHMM_COPY);
 	migrate_device_pages(b->src, b->dst, nr);
+	vhmm_migration_lap(&m, VHMM_PAGES);
 	moved = vhmm_count_moved(b->src, b->dst, nr);
-	vhmm_count(dev, a ? VHMM_PAGES_EVICTED : VHMM_PAGES_EVACUATED, moved);
 	migrate_device_finalize(b->src, b->dst, nr);
+	vhmm_migration_lap(&m, VHMM_FINALIZE);
+	vhmm_migration_end(&m, moved, vhmm_settle(b->copy, b->src, b->dst));
 	if (!a)
 		trace_vhmm_evacuate(dev, start, nr, moved);
 	return moved;

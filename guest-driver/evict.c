@@ -125,7 +125,7 @@ static unsigned long vhmm_evict(struct vhmm_batch *b,
 
 	moved = vhmm_evict_mapped(b, victim);
 	moved += vhmm_evict_frames(b, victim);
-	trace_vhmm_evict(dev, victim->start, victim->end, moved);
+	trace_vhmm_evict(dev, b->trigger, victim, moved);
 	vhmm_allocation_end(victim);
 	return moved;
 }
@@ -243,7 +243,7 @@ void vhmm_make_room(struct vhmm_batch *b, struct mm_struct *mm)
 	if (vhmm_allocation_reserve(a, nr))
 		return;
 	if (!b->evict)
-		b->evict = vhmm_batch_alloc(b->dev, false);
+		b->evict = vhmm_batch_alloc(b->dev, VHMM_EVICTION);
 	if (!b->evict)
 		return;
 	if (mmap_read_lock_killable(mm))
@@ -270,7 +270,7 @@ int vhmm_release_all(struct vhmm_context *ctx, struct virtio_hmm_release *arg)
 	unsigned long moved;
 	int ret = 0;
 
-	b = vhmm_batch_alloc(ctx->dev, false);
+	b = vhmm_batch_alloc(ctx->dev, VHMM_RELEASE);
 	if (!b)
 		return -ENOMEM;
 	for (;;) {

@@ -59,6 +59,7 @@ static vm_fault_t vhmm_fault_copy(struct vhmm_device *dev,
 		vhmm_copy_to_ram(dev, r, args->src, args->dst, args->npages);
 		if (vhmm_entry(args->dst, i))
 			return 0;
+		vhmm_settle(r, args->src, args->dst);
 	} while (memory && !vhmm_device_is_broken(dev) &&
 		 ++copies < VHMM_FAULT_COPIES);
 
@@ -76,6 +77,7 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 				   struct vhmm_request *r)
 {
 	unsigned long i = (vmf->address - args->start) >> PAGE_SHIFT;
+	struct vhmm_migration m;
 	unsigned long moved;
 	vm_fault_t ret = 0;
 
@@ -84,11 +86,15 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 	args->fault_page = vmf->page;
 	args->flags |= MIGRATE_VMA_SELECT_DEVICE_PRIVATE;
 
+	vhmm_migration_begin(&m, dev, VHMM_CPU_FAULT, args->start,
+			     (args->end - args->start) >> PAGE_SHIFT);
 	/* It fails only for memory that could not have come to the device. */
 	if (WARN_ON_ONCE(migrate_vma_setup(args)))
 		return VM_FAULT_SIGBUS;
+	vhmm_migration_lap(&m, VHMM_SETUP);
 	if (!args->cpages) {
 		vhmm_count(dev, VHMM_CPU_FAULTS_RETRIED, 1);
+		vhmm_migration_end(&m, 0, 0);
 		return 0;
 	}
 	memcpy(seen, args->src, args->npages * sizeof(*seen));
@@ -99,15 +105,18 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 	if (vhmm_entry(args->src, i) & MIGRATE_PFN_VALID)
 		ret = vhmm_fault_copy(dev, args, r, vmf->address);
 	vhmm_check_src(dev, args->src, seen, args->npages);
+	vhmm_migration_lap(&m, VHMM_COPY);
 
 	migrate_vma_pages(args);
+	vhmm_migration_lap(&m, VHMM_PAGES);
 	moved = vhmm_count_moved(args->src, args->dst, args->npages);
-	vhmm_count(dev, VHMM_PAGES_FAULTED, moved);
 	if (moved && vhmm_is_large(args->dst))
 		vhmm_count(dev, VHMM_THP_TO_SYSTEM, 1);
 	if (!moved && !ret)
 		vhmm_count(dev, VHMM_CPU_FAULTS_RETRIED, 1);
 	migrate_vma_finalize(args);
+	vhmm_migration_lap(&m, VHMM_FINALIZE);
+	vhmm_migration_end(&m, moved, vhmm_settle(r, args->src, args->dst));
 	return ret;
 }
 
@@ -142,7 +151,7 @@ static vm_fault_t vhmm_fault_large(struct vhmm_device *dev, struct vm_fault *vmf
 	struct vhmm_batch *b;
 	vm_fault_t ret;
 
-	b = vhmm_batch_alloc(dev, false);
+	b = vhmm_batch_alloc(dev, VHMM_CPU_FAULT);
 	if (!b)
 		return VM_FAULT_OOM;
 	args.src = b->src;
@@ -178,8 +187,7 @@ vm_fault_t vhmm_migrate_to_ram(struct vm_fault *vmf)
 		ret = vhmm_fault_large(dev, vmf);
 
 	ns = ktime_to_ns(ktime_sub(ktime_get(), begin));
-	vhmm_count(dev, VHMM_CPU_FAULTS, 1);
-	vhmm_count(dev, VHMM_FAULT_NS, ns);
+	vhmm_count_fault(dev, ns);
 	if (ret & VM_FAULT_SIGBUS)
 		vhmm_count(dev, VHMM_CPU_FAULTS_SIGBUS, 1);
 	if (ret & VM_FAULT_OOM)

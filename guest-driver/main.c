@@ -42,6 +42,7 @@ static void vhmm_device_free(struct kref *ref)
 	struct vhmm_device *dev = container_of(ref, struct vhmm_device, ref);
 
 	ida_free(&vhmm_ida, dev->id);
+	free_percpu(dev->counters);
 	kfree(dev);
 }
 
@@ -191,17 +192,21 @@ static int vhmm_probe(struct virtio_device *vdev)
 	vhmm_queue_init(&dev->control);
 	for (i = 0; i < VHMM_MAX_COPY_QUEUES; i++)
 		vhmm_queue_init(&dev->copy[i]);
+	dev->counters = alloc_percpu(struct vhmm_counters);
+	if (!dev->counters) {
+		ret = -ENOMEM;
+		goto err_free;
+	}
 	dev->id = ida_alloc(&vhmm_ida, GFP_KERNEL);
 	if (dev->id < 0) {
 		ret = dev->id;
-		kfree(dev);
-		return ret;
+		goto err_counters;
 	}
 
 	ret = vhmm_read_config(dev, &memory_size);
 	if (ret)
 		goto err_put;
-	dev->evacuation = vhmm_batch_alloc(dev, false);
+	dev->evacuation = vhmm_batch_alloc(dev, VHMM_EVACUATION);
 	if (!dev->evacuation) {
 		ret = -ENOMEM;
 		goto err_put;
@@ -238,6 +243,12 @@ err_batch:
 	vhmm_batch_free(dev->evacuation);
 err_put:
 	vhmm_device_put(dev);
+	return ret;
+
+err_counters:
+	free_percpu(dev->counters);
+err_free:
+	kfree(dev);
 	return ret;
 }
 

@@ -170,8 +170,12 @@ static void vhmm_wait_and_check(struct vhmm_batch *b, struct vhmm_request *r,
 	}
 }
 
-/* Only migrate_vma_pages() has the last word on a page: it may still race. */
-static void vhmm_account(struct vhmm_batch *b, unsigned long nr, u8 *outcome)
+/*
+ * Only migrate_vma_pages() has the last word on a page: it may still race.
+ * Returns how many moved.
+ */
+static unsigned long vhmm_account(struct vhmm_batch *b, unsigned long nr,
+				  u8 *outcome)
 {
 	unsigned long i, moved = 0, filled = 0;
 
@@ -186,13 +190,13 @@ static void vhmm_account(struct vhmm_batch *b, unsigned long nr, u8 *outcome)
 			filled++;
 		}
 	}
-	vhmm_count(b->dev, b->counter, moved);
 	vhmm_count(b->dev, VHMM_PAGES_FILLED, filled);
 	if (b->from_peer)
 		vhmm_count(b->dev, VHMM_PAGES_FROM_PEER, moved);
 	if (vhmm_is_large(b->dst) && moved + filled)
 		vhmm_count(b->dev, vhmm_to_device(b) ? VHMM_THP_TO_DEVICE :
 						       VHMM_THP_TO_SYSTEM, 1);
+	return moved;
 }
 
 static bool vhmm_alloc_ram(struct vhmm_batch *b, struct migrate_vma *args,
@@ -337,12 +341,20 @@ static void vhmm_migrate_vma(struct vhmm_batch *b, struct vm_area_struct *vma,
 			 MIGRATE_VMA_SELECT_SYSTEM :
 			 MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
 	};
+	struct vhmm_migration m;
+	unsigned long moved = 0;
+	int error;
 
 	b->fill_holes = vhmm_vma_fills_holes(vma);
 	if (large && vhmm_may_be_large(vma, start, end))
 		args.flags |= MIGRATE_VMA_SELECT_COMPOUND;
-	if (migrate_vma_setup(&args)) {
+	vhmm_migration_begin(&m, b->dev, b->trigger, start,
+			     (end - start) >> PAGE_SHIFT);
+	error = migrate_vma_setup(&args);
+	vhmm_migration_lap(&m, VHMM_SETUP);
+	if (error) {
 		vhmm_resolve(outcome, start, end, VHMM_SKIP(UNSUPPORTED));
+		vhmm_migration_end(&m, 0, error);
 		return;
 	}
 	/* With nothing collected nothing is held. */
@@ -359,10 +371,17 @@ static void vhmm_migrate_vma(struct vhmm_batch *b, struct vm_area_struct *vma,
 			vhmm_alloc_and_copy_to_ram(b, &args, outcome);
 		}
 		vhmm_check_src(b->dev, b->src, b->src_seen, args.npages);
+		vhmm_migration_lap(&m, VHMM_COPY);
 		migrate_vma_pages(&args);
-		vhmm_account(b, args.npages, outcome);
+		vhmm_migration_lap(&m, VHMM_PAGES);
+		moved = vhmm_account(b, args.npages, outcome);
 		migrate_vma_finalize(&args);
+		vhmm_migration_lap(&m, VHMM_FINALIZE);
+		error = vhmm_settle(b->copy, b->src, b->dst);
+		if (b->fill)
+			error = vhmm_settle(b->fill, b->src, b->dst) ?: error;
 	}
+	vhmm_migration_end(&m, moved, error);
 	vhmm_classify(b, vma, start, end, outcome);
 }
 
@@ -468,7 +487,6 @@ unsigned long vhmm_migrate_home(struct vhmm_batch *b, struct mm_struct *mm,
 	unsigned long i, moved = 0, nr = (end - start) >> PAGE_SHIFT;
 
 	memset(b->outcome, VHMM_PENDING, nr);
-	b->counter = VHMM_PAGES_EVICTED;
 	vhmm_migrate_window(b, mm, start, end, true);
 	for (i = 0; i < nr; i++)
 		moved += b->outcome[i] == VHMM_MOVED;
@@ -551,6 +569,7 @@ static void vhmm_tally(struct vhmm_batch *b, unsigned long nr,
  * @ctx: the open file; its address space is that of the caller
  * @arg: the range and direction, checked; what was done is added to it, and the
  *	range is gone on with from there
+ * @trigger: what it is counted as; for the device if that is the direction
  *
  * Works in batches of an aligned PMD. Signals are looked at in between.
  *
@@ -558,9 +577,10 @@ static void vhmm_tally(struct vhmm_batch *b, unsigned long nr,
  * vhmm_wait_awake(), or -EFAULT when part of the range is not mapped; @arg
  * tells how far it came.
  */
-int vhmm_migrate_range(struct vhmm_context *ctx, struct virtio_hmm_migrate *arg)
+int vhmm_migrate_range(struct vhmm_context *ctx, struct virtio_hmm_migrate *arg,
+		       enum vhmm_trigger trigger)
 {
-	bool to_device = arg->direction == VIRTIO_HMM_TO_DEVICE;
+	bool to_device = trigger == VHMM_IOCTL_TO_DEVICE;
 	bool evict = to_device && !(arg->flags & VIRTIO_HMM_MIGRATE_NO_EVICT);
 	unsigned long addr = arg->start + arg->done;
 	unsigned long end = arg->start + arg->length;
@@ -568,11 +588,11 @@ int vhmm_migrate_range(struct vhmm_context *ctx, struct virtio_hmm_migrate *arg)
 	struct vhmm_batch *b;
 	int ret = 0;
 
-	b = vhmm_batch_alloc(dev, to_device);
+	b = vhmm_batch_alloc(dev, trigger);
 	if (!b)
 		return -ENOMEM;
 
-	trace_vhmm_migrate_begin(dev, addr, end, to_device);
+	trace_vhmm_migrate_begin(dev, trigger, addr, end);
 	while (addr < end) {
 		unsigned long next = min(ALIGN(addr + 1, HPAGE_PMD_SIZE), end);
 
@@ -593,7 +613,7 @@ int vhmm_migrate_range(struct vhmm_context *ctx, struct virtio_hmm_migrate *arg)
 	}
 	if (!ret && arg->skipped[VIRTIO_HMM_SKIP_UNMAPPED])
 		ret = -EFAULT;
-	trace_vhmm_migrate_end(dev, arg, ret);
+	trace_vhmm_migrate_end(dev, trigger, arg, ret);
 	vhmm_batch_free(b);
 	return ret;
 }
@@ -614,7 +634,7 @@ static int vhmm_release_mapping(struct vhmm_context *ctx,
 			.direction = VIRTIO_HMM_TO_SYSTEM,
 		};
 
-		ret = vhmm_migrate_range(ctx, &migrate);
+		ret = vhmm_migrate_range(ctx, &migrate, VHMM_RELEASE);
 		arg->released += migrate.moved;
 		left = migrate.skipped[VIRTIO_HMM_SKIP_BUSY] +
 		       migrate.skipped[VIRTIO_HMM_SKIP_NO_MEMORY] +

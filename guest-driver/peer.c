@@ -42,7 +42,7 @@ static void vhmm_peer_fetch_one(struct vhmm_batch *b, unsigned long nr,
 	struct page *page = vhmm_entry_page(b->src, first);
 	struct vhmm_device *peer = vhmm_pgmap_device(page_pgmap(page));
 	struct vhmm_request *r = b->copy;
-	unsigned long i;
+	unsigned long i, fetched = 0;
 	int ret;
 
 	r->dev = peer;
@@ -60,7 +60,10 @@ static void vhmm_peer_fetch_one(struct vhmm_batch *b, unsigned long nr,
 	for (i = 0; i < r->nr_frames; i++) {
 		if (ret || !vhmm_request_frame_ok(r, i))
 			fetch[r->slots[i]] = VHMM_FETCH_FAILED;
+		else
+			fetched++;
 	}
+	vhmm_count(peer, VHMM_PAGES_TO_PEER, fetched);
 	r->dev = b->dev;
 }
 

@@ -209,6 +209,7 @@ static int vhmm_request_finish(struct vhmm_request *r)
 				    le32_to_cpu(r->req->op), status);
 	}
 out:
+	r->error = ret;
 	trace_vhmm_copy_complete(r, ret);
 	return ret;
 }

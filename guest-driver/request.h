@@ -28,6 +28,7 @@ struct vhmm_queue;
  * @resp_len: bytes of the response
  * @submitted: when it was put on the queue
  * @latency_ns: from then until it was seen complete
+ * @error: what vhmm_request_wait() returned
  * @out_sg: @req and its extents
  * @resp_sg: @resp and what follows it
  * @pages_sg: the guest pages; physically contiguous ones share an entry
@@ -50,6 +51,7 @@ struct vhmm_request {
 	size_t resp_len;
 	ktime_t submitted;
 	u64 latency_ns;
+	int error;
 	struct scatterlist out_sg;
 	struct scatterlist resp_sg;
 	struct scatterlist *pages_sg;

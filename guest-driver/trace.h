@@ -8,40 +8,64 @@
 #include <linux/mm.h>
 #include <linux/tracepoint.h>
 
+#include "context.h"
+#include "counters.h"
 #include "device.h"
 #include "request.h"
 
+TRACE_DEFINE_ENUM(VHMM_IOCTL_TO_DEVICE);
+TRACE_DEFINE_ENUM(VHMM_IOCTL_TO_SYSTEM);
+TRACE_DEFINE_ENUM(VHMM_RELEASE);
+TRACE_DEFINE_ENUM(VHMM_CPU_FAULT);
+TRACE_DEFINE_ENUM(VHMM_EVICTION);
+TRACE_DEFINE_ENUM(VHMM_EVACUATION);
+
+#define vhmm_print_trigger(trigger)					\
+	__print_symbolic(trigger,					\
+			 { VHMM_IOCTL_TO_DEVICE,			\
+			   "direction=to_device trigger=ioctl" },	\
+			 { VHMM_IOCTL_TO_SYSTEM,			\
+			   "direction=to_system trigger=ioctl" },	\
+			 { VHMM_RELEASE,				\
+			   "direction=to_system trigger=release" },	\
+			 { VHMM_CPU_FAULT,				\
+			   "direction=to_system trigger=cpu_fault" },	\
+			 { VHMM_EVICTION,				\
+			   "direction=to_system trigger=eviction" },	\
+			 { VHMM_EVACUATION,				\
+			   "direction=to_system trigger=evacuation" })
+
 TRACE_EVENT(vhmm_migrate_begin,
-	TP_PROTO(struct vhmm_device *dev, unsigned long start,
-		 unsigned long end, bool to_device),
-	TP_ARGS(dev, start, end, to_device),
+	TP_PROTO(struct vhmm_device *dev, enum vhmm_trigger trigger,
+		 unsigned long start, unsigned long end),
+	TP_ARGS(dev, trigger, start, end),
 	TP_STRUCT__entry(
 		__field(int, id)
+		__field(unsigned int, trigger)
 		__field(unsigned long, start)
 		__field(unsigned long, end)
-		__field(bool, to_device)
 	),
 	TP_fast_assign(
 		__entry->id = dev->id;
+		__entry->trigger = trigger;
 		__entry->start = start;
 		__entry->end = end;
-		__entry->to_device = to_device;
 	),
-	TP_printk("hmm%d start=%#lx end=%#lx pages=%lu direction=%s trigger=ioctl",
-		  __entry->id, __entry->start, __entry->end,
-		  (__entry->end - __entry->start) >> PAGE_SHIFT,
-		  __entry->to_device ? "to_device" : "to_system")
+	TP_printk("hmm%d %s start=%#lx end=%#lx pages=%lu",
+		  __entry->id, vhmm_print_trigger(__entry->trigger),
+		  __entry->start, __entry->end,
+		  (__entry->end - __entry->start) >> PAGE_SHIFT)
 );
 
 TRACE_EVENT(vhmm_migrate_end,
-	TP_PROTO(struct vhmm_device *dev, const struct virtio_hmm_migrate *arg,
-		 int error),
-	TP_ARGS(dev, arg, error),
+	TP_PROTO(struct vhmm_device *dev, enum vhmm_trigger trigger,
+		 const struct virtio_hmm_migrate *arg, int error),
+	TP_ARGS(dev, trigger, arg, error),
 	TP_STRUCT__entry(
 		__field(int, id)
+		__field(unsigned int, trigger)
 		__field(u64, start)
 		__field(u64, end)
-		__field(bool, to_device)
 		__field(u64, moved)
 		__field(u64, filled)
 		__field(u64, done)
@@ -49,19 +73,52 @@ TRACE_EVENT(vhmm_migrate_end,
 	),
 	TP_fast_assign(
 		__entry->id = dev->id;
+		__entry->trigger = trigger;
 		__entry->start = arg->start;
 		__entry->end = arg->start + arg->length;
-		__entry->to_device = arg->direction == VIRTIO_HMM_TO_DEVICE;
 		__entry->moved = arg->moved;
 		__entry->filled = arg->filled;
 		__entry->done = arg->done >> PAGE_SHIFT;
 		__entry->error = error;
 	),
-	TP_printk("hmm%d start=%#llx end=%#llx direction=%s trigger=ioctl done=%llu moved=%llu filled=%llu error=%d",
-		  __entry->id, __entry->start, __entry->end,
-		  __entry->to_device ? "to_device" : "to_system",
-		  __entry->done, __entry->moved, __entry->filled,
-		  __entry->error)
+	TP_printk("hmm%d %s start=%#llx end=%#llx done=%llu moved=%llu filled=%llu error=%d",
+		  __entry->id, vhmm_print_trigger(__entry->trigger),
+		  __entry->start, __entry->end, __entry->done, __entry->moved,
+		  __entry->filled, __entry->error)
+);
+
+TRACE_EVENT(vhmm_migration,
+	TP_PROTO(const struct vhmm_migration *m, unsigned long moved, int error),
+	TP_ARGS(m, moved, error),
+	TP_STRUCT__entry(
+		__field(int, id)
+		__field(unsigned int, trigger)
+		__field(unsigned long, start)
+		__field(unsigned long, pages)
+		__field(unsigned long, moved)
+		__field(u64, setup_ns)
+		__field(u64, copy_ns)
+		__field(u64, pages_ns)
+		__field(u64, finalize_ns)
+		__field(int, error)
+	),
+	TP_fast_assign(
+		__entry->id = m->dev->id;
+		__entry->trigger = m->trigger;
+		__entry->start = m->start;
+		__entry->pages = m->nr;
+		__entry->moved = moved;
+		__entry->setup_ns = m->phase_ns[VHMM_SETUP];
+		__entry->copy_ns = m->phase_ns[VHMM_COPY];
+		__entry->pages_ns = m->phase_ns[VHMM_PAGES];
+		__entry->finalize_ns = m->phase_ns[VHMM_FINALIZE];
+		__entry->error = error;
+	),
+	TP_printk("hmm%d %s start=%#lx pages=%lu moved=%lu setup_ns=%llu copy_ns=%llu pages_ns=%llu finalize_ns=%llu error=%d",
+		  __entry->id, vhmm_print_trigger(__entry->trigger),
+		  __entry->start, __entry->pages, __entry->moved,
+		  __entry->setup_ns, __entry->copy_ns, __entry->pages_ns,
+		  __entry->finalize_ns, __entry->error)
 );
 
 TRACE_EVENT(vhmm_evacuate,
@@ -73,36 +130,45 @@ TRACE_EVENT(vhmm_evacuate,
 		__field(unsigned long, frame)
 		__field(unsigned long, nr)
 		__field(unsigned long, moved)
+		__field(int, error)
 	),
 	TP_fast_assign(
 		__entry->id = dev->id;
 		__entry->frame = frame;
 		__entry->nr = nr;
 		__entry->moved = moved;
+		__entry->error = moved < nr ? -EBUSY : 0;
 	),
-	TP_printk("hmm%d frame=%lu frames=%lu direction=to_system trigger=evacuation moved=%lu",
-		  __entry->id, __entry->frame, __entry->nr, __entry->moved)
+	TP_printk("hmm%d direction=to_system trigger=evacuation frame=%lu frames=%lu moved=%lu error=%d",
+		  __entry->id, __entry->frame, __entry->nr, __entry->moved,
+		  __entry->error)
 );
 
 TRACE_EVENT(vhmm_evict,
-	TP_PROTO(struct vhmm_device *dev, unsigned long start,
-		 unsigned long end, unsigned long moved),
-	TP_ARGS(dev, start, end, moved),
+	TP_PROTO(struct vhmm_device *dev, enum vhmm_trigger trigger,
+		 const struct vhmm_allocation *victim, unsigned long moved),
+	TP_ARGS(dev, trigger, victim, moved),
 	TP_STRUCT__entry(
 		__field(int, id)
+		__field(unsigned int, trigger)
 		__field(unsigned long, start)
 		__field(unsigned long, end)
 		__field(unsigned long, moved)
+		__field(int, error)
 	),
 	TP_fast_assign(
 		__entry->id = dev->id;
-		__entry->start = start;
-		__entry->end = end;
+		__entry->trigger = trigger;
+		__entry->start = victim->start;
+		__entry->end = victim->end;
 		__entry->moved = moved;
+		__entry->error = moved ? 0 : -EBUSY;
 	),
-	TP_printk("hmm%d start=%#lx end=%#lx pages=%lu direction=to_system trigger=eviction moved=%lu",
-		  __entry->id, __entry->start, __entry->end,
-		  (__entry->end - __entry->start) >> PAGE_SHIFT, __entry->moved)
+	TP_printk("hmm%d %s start=%#lx end=%#lx pages=%lu moved=%lu error=%d",
+		  __entry->id, vhmm_print_trigger(__entry->trigger),
+		  __entry->start, __entry->end,
+		  (__entry->end - __entry->start) >> PAGE_SHIFT, __entry->moved,
+		  __entry->error)
 );
 
 TRACE_EVENT(vhmm_cpu_fault,
@@ -123,7 +189,7 @@ TRACE_EVENT(vhmm_cpu_fault,
 		__entry->ns = ns;
 		__entry->result = (__force unsigned int)result;
 	),
-	TP_printk("hmm%d address=%#lx pages=%lu direction=to_system trigger=cpu_fault ns=%llu error=%#x",
+	TP_printk("hmm%d direction=to_system trigger=cpu_fault address=%#lx pages=%lu ns=%llu error=%#x",
 		  __entry->id, __entry->address, __entry->pages, __entry->ns,
 		  __entry->result)
 );

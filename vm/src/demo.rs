@@ -208,10 +208,11 @@ impl Demo {
             seed: 0,
             pages_to_device: driver("pages_to_device"),
             pages_to_system: driver("pages_to_system")
+                + driver("pages_released")
                 + driver("pages_faulted")
                 + driver("pages_evicted")
                 + driver("pages_evacuated"),
-            pages_to_system_by_request: driver("pages_to_system"),
+            pages_to_system_by_request: driver("pages_to_system") + driver("pages_released"),
             pages_to_system_by_fault: driver("pages_faulted"),
             pages_to_system_by_eviction: driver("pages_evicted"),
             cpu_faults: driver("cpu_faults"),

@@ -159,9 +159,14 @@ impl Stress {
         let mut row = |name: &str, value: String| {
             let _ = writeln!(text, "{name:<34}{value:>16}");
         };
-        let driver = |name: &str| {
-            let names = self.devices.iter().map(|device| device.device.as_str());
-            grouped(names.map(|device| self.driver.get(device, name)).sum())
+        let driver = |names: &[&str]| {
+            let of = |device: &reconcile::Device| -> u64 {
+                let counters = names.iter();
+                counters
+                    .map(|name| self.driver.get(&device.device, name))
+                    .sum()
+            };
+            grouped(self.devices.iter().map(of).sum())
         };
         row("turns", grouped(self.turns));
         row("cases passed", grouped(self.passed));
@@ -172,11 +177,13 @@ impl Stress {
         }
         row("operations", grouped(self.operations));
         row("mismatches", grouped(self.mismatches));
-        row("pages to the device", driver("pages_to_device"));
-        row("pages back on request", driver("pages_to_system"));
-        row("pages back by CPU fault", driver("pages_faulted"));
-        row("pages back by eviction", driver("pages_evicted"));
-        row("pages evicted", driver("pages_evicted"));
+        row("pages to the device", driver(&["pages_to_device"]));
+        row(
+            "pages back on request",
+            driver(&["pages_to_system", "pages_released"]),
+        );
+        row("pages back by CPU fault", driver(&["pages_faulted"]));
+        row("pages back by eviction", driver(&["pages_evicted"]));
         row(
             "device frames lost",
             self.frames_lost.map_or("not looked at".into(), grouped),
