@@ -16,6 +16,7 @@ use vhost_device_hmm::{
     },
     counters::{Completed, Counters, Timed},
     engine::Engine,
+    hardware::Events,
     inject::Injector,
     memory::Memory,
     processor::Processor,
@@ -48,7 +49,7 @@ fn setup(frames: u32) -> Setup {
     let ranges = [(GuestAddress(0), (DATA + WORKING_SET) as usize)];
     let mem = GuestMemoryMmap::from_ranges(&ranges).unwrap();
     let engine = Engine::new(Arc::new(Memory::new(WORKING_SET, true).unwrap()));
-    let counters = Arc::new(Counters::new(3));
+    let counters = Arc::new(Counters::new(3, Events::default()));
     let atomic = GuestMemoryAtomic::new(mem.clone());
     let processor = Processor::new(
         QueueKind::Copy,
@@ -144,7 +145,7 @@ fn requests(c: &mut Criterion) {
 
 /// What it takes to count one small request of a row, and one that is timed.
 fn counting(c: &mut Criterion) {
-    let counters = Counters::new(3);
+    let counters = Counters::new(3, Events::default());
     let queue = counters
         .queues()
         .get(VIRTIO_HMM_QUEUE_COPY as usize)

@@ -202,11 +202,11 @@ impl VhostUserBackend for Backend {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{memory::Memory, session::Shared};
+    use crate::{hardware::Events, memory::Memory, session::Shared};
 
     #[test]
     fn configuration_beyond_what_the_protocol_carries_is_refused() {
-        let shared = Shared::new(2 << 20, 2);
+        let shared = Shared::new(2 << 20, 2, Events::default());
         let session = shared.begin();
         let backend = Backend::new(
             shared.config(&session),

@@ -6,7 +6,11 @@
 //! are made by those who ask.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    collections::BTreeMap,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -18,6 +22,7 @@ use crate::{
         VIRTIO_HMM_FRAME_SIZE, VIRTIO_HMM_S_INVALID, VIRTIO_HMM_S_OK, VIRTIO_HMM_S_PARTIAL,
         VIRTIO_HMM_S_RANGE, VIRTIO_HMM_S_UNSUPPORTED, virtio_hmm_counters, virtio_hmm_op_counters,
     },
+    hardware::{Counts, Events},
     histogram::{Count, Histogram},
     request::Operation,
     rule::Fault,
@@ -159,6 +164,8 @@ pub struct QueueCounters {
     pub failures: Failures,
     /// The ring.
     pub ring: RingCounters,
+    /// What the processor counts, once the worker has begun.
+    hardware: OnceLock<Counts>,
 }
 
 /// A request that is done.
@@ -237,6 +244,11 @@ impl QueueCounters {
         Operation::ALL.into_iter().zip(&self.operations)
     }
 
+    /// What the processor has counted of the worker, by name.
+    pub fn hardware(&self) -> BTreeMap<&'static str, u64> {
+        self.hardware.get().map(Counts::read).unwrap_or_default()
+    }
+
     /// How long the worker was busy with requests, in nanoseconds.
     pub fn busy(&self) -> u64 {
         let sizes = self.operations.iter().flat_map(|counters| &counters.sizes);
@@ -305,15 +317,18 @@ impl Injected {
 #[derive(Debug)]
 pub struct Counters {
     queues: Box<[QueueCounters]>,
+    events: Events,
     /// Faults on purpose.
     pub injected: Injected,
 }
 
 impl Counters {
-    /// Counters for a device of so many queues, all zero.
-    pub fn new(queues: usize) -> Self {
+    /// Counters for a device of so many queues, all zero, whose workers have the
+    /// processor count these events.
+    pub fn new(queues: usize, events: Events) -> Self {
         Self {
             queues: (0..queues).map(|_| QueueCounters::default()).collect(),
+            events,
             injected: Injected::default(),
         }
     }
@@ -321,6 +336,14 @@ impl Counters {
     /// The counters of each queue.
     pub fn queues(&self) -> &[QueueCounters] {
         &self.queues
+    }
+
+    /// Has the processor count what this thread does, as the worker of a queue,
+    /// if it does not yet.
+    pub fn count_hardware(&self, queue: usize) {
+        if let Some(counters) = self.queues.get(queue) {
+            counters.hardware.get_or_init(|| self.events.open());
+        }
     }
 
     /// The sum over all queues for one operation.

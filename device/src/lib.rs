@@ -6,6 +6,7 @@
 //! has one for each, [`server`] serves one VM after another, and [`control`] is the
 //! control plane, on which the data plane never waits. [`link`] says how long a
 //! copy takes over a modelled link, [`rule`] and [`inject`] what goes wrong on purpose.
+//! [`counters`] and [`hardware`] are what workers count.
 pub mod abi;
 pub mod arrivals;
 pub mod backend;
@@ -13,6 +14,7 @@ pub mod chain;
 pub mod control;
 pub mod counters;
 pub mod engine;
+pub mod hardware;
 pub mod histogram;
 pub mod inject;
 pub mod link;

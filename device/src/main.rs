@@ -67,6 +67,9 @@ struct Args {
     /// Allocate device memory at the start, not on first use
     #[arg(long)]
     prefault: bool,
+    /// Do not have the processor count what the workers do
+    #[arg(long)]
+    no_hardware_counters: bool,
     /// Bytes a second that copies take each way, at least 1M; suffixes K, M, G, T
     #[arg(long, value_name = "SIZE", value_parser = parse_bandwidth)]
     bandwidth: Option<u64>,
@@ -108,6 +111,7 @@ fn serve(args: Args) -> Result<(), Error> {
         metrics_socket: args.metrics_socket,
         metrics_tcp: args.metrics_tcp,
         prefault: args.prefault,
+        hardware_counters: !args.no_hardware_counters,
         link: link::Config {
             bandwidth: args.bandwidth,
             latency: args.latency,

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::{
     counters::{Counters, QueueCounters, SizeCounters},
+    hardware,
     histogram::Histogram,
     memory::Memory,
     session::Shared,
@@ -249,12 +250,38 @@ fn rings(encoder: &mut DescriptorEncoder, counters: &Counters) -> fmt::Result {
         let metric = family.encode_family(&labels)?;
         ConstCounter::new(seconds(queue.busy())).encode(metric)?;
     }
+    workers(encoder, counters)?;
     let help = "Requests and frames that failed";
     let mut family = encoder.encode_descriptor("hmm_failures", help, None, MetricType::Counter)?;
     for (index, queue) in counters.queues().iter().enumerate() {
         for (failure, count) in queue.failures.named() {
             let labels: [Label; 2] = [("queue", index.to_string()), ("failure", failure.into())];
             ConstCounter::new(count.get()).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// What the processor counts, without a value where it does not.
+fn workers(encoder: &mut DescriptorEncoder, counters: &Counters) -> fmt::Result {
+    let counts: Vec<_> = counters
+        .queues()
+        .iter()
+        .map(QueueCounters::hardware)
+        .collect();
+    for (event, help) in hardware::NAMES.into_iter().zip([
+        "Processor cycles of the worker in user mode",
+        "Instructions of the worker in user mode",
+        "Accesses of the worker that missed the last cache",
+        "Loads of the worker that missed the TLB",
+    ]) {
+        let name = format!("hmm_worker_{event}");
+        let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Counter)?;
+        for (index, counts) in counts.iter().enumerate() {
+            if let Some(count) = counts.get(event) {
+                let labels: [Label; 1] = [("queue", index.to_string())];
+                ConstCounter::new(*count).encode(family.encode_family(&labels)?)?;
+            }
         }
     }
     Ok(())

@@ -26,6 +26,7 @@ use crate::{
     backend::Backend,
     control::{self, Control},
     engine::Engine,
+    hardware::Events,
     inject::Injector,
     link,
     memory::{self, Memory},
@@ -65,6 +66,8 @@ pub struct Config {
     pub metrics_tcp: Option<SocketAddr>,
     /// Whether to allocate the memory before it is used.
     pub prefault: bool,
+    /// Whether to have the processor count what the workers do.
+    pub hardware_counters: bool,
     /// The link to the device that is modelled.
     pub link: link::Config,
     /// Faults on purpose.
@@ -141,7 +144,14 @@ impl Server {
             config.copy_queues.into(),
         )?);
         let memory = Arc::new(Memory::new(config.memory_size, config.prefault)?);
-        let shared = Arc::new(Shared::new(config.memory_size, config.copy_queues));
+        let events = if config.hardware_counters {
+            Events::all()
+        } else {
+            Events::default()
+        };
+        let (events, uncounted) = events.available();
+        let shared = Shared::new(config.memory_size, config.copy_queues, events);
+        let shared = Arc::new(shared);
         let stop = Arc::new(Stop::new()?);
         let mut control = Control::new(
             Arc::clone(&shared),
@@ -163,6 +173,9 @@ impl Server {
             let listener = socket::listen_tcp(address)?;
             info!("metrics at http://{}/metrics", listener.local_addr()?);
             control.serve_metrics(scrape::Listener::Tcp(listener))?;
+        }
+        if let Some(reason) = uncounted {
+            info!("{reason}");
         }
         let engine = Engine::new(memory);
         Ok(Self {

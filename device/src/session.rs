@@ -11,6 +11,7 @@ use crate::{
         virtio_hmm_config,
     },
     counters::Counters,
+    hardware::Events,
 };
 
 /// The time from the connection of a VM to that of the next.
@@ -31,32 +32,34 @@ pub struct Session {
     pub counters: Arc<Counters>,
 }
 
-fn counters(copy_queues: u16) -> Arc<Counters> {
-    Arc::new(Counters::new(
-        VIRTIO_HMM_QUEUE_COPY as usize + usize::from(copy_queues),
-    ))
+fn counters(copy_queues: u16, events: &Events) -> Arc<Counters> {
+    let queues = VIRTIO_HMM_QUEUE_COPY as usize + usize::from(copy_queues);
+    Arc::new(Counters::new(queues, events.clone()))
 }
 
 /// The state that the server and the control plane share.
 #[derive(Debug)]
 pub struct Shared {
     uuid: Uuid,
+    events: Events,
     session: Mutex<Session>,
 }
 
 impl Shared {
-    /// The state of a device that no VM has used yet.
-    pub fn new(memory_size: u64, copy_queues: u16) -> Self {
+    /// The state of a device that no VM has used yet, whose workers have the
+    /// processor count these events.
+    pub fn new(memory_size: u64, copy_queues: u16, events: Events) -> Self {
         let session = Session {
             number: 0,
             connected: false,
             generation: 1,
             memory_size,
             copy_queues,
-            counters: counters(copy_queues),
+            counters: counters(copy_queues, &events),
         };
         Self {
             uuid: Uuid::new_v4(),
+            events,
             session: Mutex::new(session),
         }
     }
@@ -76,7 +79,7 @@ impl Shared {
         let mut session = self.lock();
         session.number += 1;
         session.connected = true;
-        session.counters = counters(session.copy_queues);
+        session.counters = counters(session.copy_queues, &self.events);
         session.clone()
     }
 

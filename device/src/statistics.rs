@@ -40,6 +40,7 @@ fn queue(counters: &QueueCounters) -> Value {
         "operations": operations,
         "failures": counters.failures,
         "ring": counters.ring,
+        "hardware": counters.hardware(),
     })
 }
 
@@ -53,4 +54,45 @@ fn operation(counters: &OperationCounters) -> Value {
         return Value::Null;
     }
     json!({ "errors": counters.errors, "sizes": sizes })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        hardware::{NAMES, tests::events_of_any_machine},
+        metrics::Metrics,
+        session::Shared,
+    };
+
+    #[test]
+    fn what_the_processor_counts_is_told_only_where_it_counts() {
+        let Some(events) = events_of_any_machine() else {
+            return;
+        };
+        let memory = Arc::new(Memory::new(2 << 20, false).unwrap());
+        let shared = Arc::new(Shared::new(2 << 20, 1, events));
+        let counters = shared.begin().counters;
+        // This thread is the worker of queue 2.
+        counters.count_hardware(2);
+        counters.count_hardware(9);
+        let statistics = statistics(&shared.session(), &memory);
+        assert_eq!(statistics["queues"][1]["hardware"], json!({}));
+        let text = Metrics::new(Arc::clone(&shared), memory).encode().unwrap();
+        for name in NAMES {
+            let count = &statistics["queues"][2]["hardware"][name];
+            assert!(count.as_u64().unwrap() > 0, "{statistics}");
+            let metric = format!("hmm_worker_{name}_total{{queue=");
+            let values = text.lines().filter_map(|line| line.strip_prefix(&metric));
+            let values: Vec<_> = values.collect();
+            assert!(
+                values.len() == 1 && values[0].starts_with("\"2\"} "),
+                "{text}"
+            );
+        }
+        // The next VM's workers are other threads.
+        assert_eq!(shared.begin().counters.queues()[2].hardware(), [].into());
+    }
 }

@@ -138,6 +138,7 @@ impl Worker {
 
     /// Processes what is available in the ring and what is due.
     pub fn drain(&mut self, vring: &VringMutex, stop: impl Fn() -> bool) {
+        self.counters.count_hardware(self.queue as usize);
         self.now = None;
         self.first = true;
         loop {

@@ -23,6 +23,7 @@ use nix::{
     unistd::{Pid, dup2_raw},
 };
 use vhost::{VhostBackend, vhost_user::Frontend};
+use vhost_device_hmm::hardware::Events;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -200,6 +201,27 @@ fn unusable_sockets_are_refused() {
     fs::write(&path, "precious").unwrap();
     fails(&["-s", socket], &["not a socket"]);
     assert_eq!(fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn hardware_counters_that_are_missing_are_told_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (socket, control) = (dir.path().join("socket"), dir.path().join("control"));
+    let (_, missing) = Events::all().available();
+    for (flag, told) in [(None, missing), (Some("--no-hardware-counters"), None)] {
+        let mut command = daemon(&["-s", socket.to_str().unwrap(), "--control-socket"]);
+        let child = command.arg(&control).args(flag).spawn().unwrap();
+        // Who answers has started.
+        let mut stream = connect(&control);
+        stream.write_all(b"{\"command\":\"info\"}\n").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        signal(&child, Signal::SIGTERM);
+        let log = String::from_utf8(finish(child).stderr).unwrap();
+        let lines = log.lines().filter(|line| line.contains("no counters of"));
+        let lines: Vec<_> = lines.collect();
+        assert_eq!(lines.len(), usize::from(told.is_some()), "{log}");
+        assert!(told.is_none_or(|told| lines[0].ends_with(&told)), "{log}");
+    }
 }
 
 #[test]

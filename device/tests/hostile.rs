@@ -9,6 +9,7 @@ use vhost_device_hmm::{
     abi::*,
     counters::Counters,
     engine::Engine,
+    hardware::Events,
     memory::Memory,
     processor::{Processor, Timing},
     request::QueueKind,
@@ -171,7 +172,7 @@ proptest! {
         };
         let before = content();
         let engine = Engine::new(Arc::new(Memory::new(2 << 20, false).unwrap()));
-        let mut processor = Processor::new(kind, 0, engine, Arc::new(Counters::new(1)));
+        let mut processor = Processor::new(kind, 0, engine, Arc::new(Counters::new(1, Events::default())));
         let chain = queue.iter(&mem).unwrap().next().unwrap();
         let result = processor.process(&mem, chain, Timing::default(), None);
         let after = content();

@@ -65,6 +65,10 @@ pub struct Rates {
     pub calls: f64,
     /// Those that it did not want, a second.
     pub calls_suppressed: f64,
+    /// What the processor counted of the worker a second, by name, as far as it does.
+    pub hardware: BTreeMap<String, f64>,
+    /// The same for each byte that was moved, if any was.
+    pub hardware_per_byte: BTreeMap<String, f64>,
 }
 
 /// What was counted up to a reading.
@@ -77,6 +81,7 @@ struct Sums {
     wait: Distribution,
     copy: Distribution,
     ring: Ring,
+    hardware: BTreeMap<String, u64>,
 }
 
 impl Sums {
@@ -89,6 +94,9 @@ impl Sums {
             sums.ring.kicks += queue.ring.kicks;
             sums.ring.calls += queue.ring.calls;
             sums.ring.calls_suppressed += queue.ring.calls_suppressed;
+            for (name, count) in &queue.hardware {
+                *sums.hardware.entry(name.clone()).or_default() += count;
+            }
             let operations = queue.operations.iter();
             for (name, operation) in operations.filter(|(name, _)| !Operation::is_control(name)) {
                 sums.errors += operation.errors;
@@ -110,6 +118,18 @@ impl Sums {
             let sum = |sums: &Self| sums.bytes.get(name).copied().unwrap_or(0);
             rate(sum(self), sum(before))
         };
+        let counted = self.hardware.iter().map(|(name, count)| {
+            let before = before.hardware.get(name).copied().unwrap_or(0);
+            (name.clone(), count.saturating_sub(before) as f64)
+        });
+        let counted: BTreeMap<_, _> = counted.collect();
+        let all_bytes = |sums: &Self| sums.bytes.values().sum::<u64>();
+        let moved = all_bytes(self).saturating_sub(all_bytes(before)) as f64;
+        let hardware = |each: f64| {
+            counted
+                .iter()
+                .map(move |(name, n)| (name.clone(), n / each))
+        };
         let (wait, copy) = (self.wait.since(&before.wait), self.copy.since(&before.copy));
         Rates {
             to_device: bytes("to_device"),
@@ -130,6 +150,8 @@ impl Sums {
             kicks: rate(self.ring.kicks, before.ring.kicks),
             calls: rate(self.ring.calls, before.ring.calls),
             calls_suppressed: rate(self.ring.calls_suppressed, before.ring.calls_suppressed),
+            hardware: hardware(ns / 1e9).collect(),
+            hardware_per_byte: hardware(moved).filter(|_| moved > 0.0).collect(),
         }
     }
 }
@@ -217,7 +239,17 @@ mod tests {
             "occupancy": 3, "occupancy_max": 4, "full": requests, "kicks": 2 * requests,
             "calls": 0, "calls_suppressed": requests,
         });
-        let queue = |operations, busy_ns: u64| json!({ "operations": operations, "busy_ns": busy_ns, "failures": {}, "ring": ring });
+        let queue = |operations, busy_ns: u64| {
+            let hardware = if busy_ns > 0 {
+                json!({ "cycles": busy_ns })
+            } else {
+                json!({})
+            };
+            json!({
+                "operations": operations, "busy_ns": busy_ns, "failures": {}, "ring": ring,
+                "hardware": hardware,
+            })
+        };
         serde_json::from_value(json!({
             "session": session, "connected": true, "time_ns": time_ns,
             "memory": { "size": 9 << 20, "used": 5 << 20, "peak": 6 << 20, "cleared": 0 },
@@ -247,10 +279,13 @@ mod tests {
             ring_full: 10.0,
             kicks: 20.0,
             calls_suppressed: 10.0,
+            hardware: [("cycles".into(), 10_000.0)].into(),
+            hardware_per_byte: [("cycles".into(), 20_000.0 / 163_840.0)].into(),
             ..Rates::default()
         };
         assert_eq!(activity.queues[1], copies);
         assert_eq!(activity.queues[0].requests, 0.0);
+        assert!(activity.queues[0].hardware.is_empty());
         let both = Rates {
             occupancy: 6,
             ring_full: 20.0,
@@ -274,6 +309,7 @@ mod tests {
         // Nothing happened.
         let idle = Activity::between(&reading(1, 2, 30), &reading(1, 4, 30)).total;
         assert_eq!((idle.requests, idle.copy_p99), (0.0, 0));
+        assert!(idle.hardware_per_byte.is_empty());
         // A clock that stands still, which none does, divides nothing by zero.
         let still = Activity::between(&reading(1, 2, 3), &reading(1, 2, 3)).total;
         assert_eq!(still.busy, 0.0);

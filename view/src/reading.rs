@@ -65,6 +65,8 @@ pub struct Queue {
     pub failures: BTreeMap<String, u64>,
     /// What goes on in the ring.
     pub ring: Ring,
+    /// What the processor counted of the worker, by name, as far as it does.
+    pub hardware: BTreeMap<String, u64>,
 }
 
 /// Requests for one operation.

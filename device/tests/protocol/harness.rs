@@ -117,6 +117,7 @@ impl Device {
             metrics_socket: Some(dir.path().join("metrics")),
             metrics_tcp: None,
             prefault: false,
+            hardware_counters: true,
             link,
             inject: rules.iter().map(|rule| rule.parse().unwrap()).collect(),
             inject_seed: SEED,

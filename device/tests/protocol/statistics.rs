@@ -3,7 +3,11 @@
 use std::io::{Read, Write};
 
 use serde_json::Value;
-use vhost_device_hmm::{abi::*, link::Config};
+use vhost_device_hmm::{
+    abi::*,
+    hardware::{Events, NAMES},
+    link::Config,
+};
 
 use crate::harness::*;
 
@@ -197,6 +201,27 @@ fn memory_in_use_is_told_and_begins_anew_with_each_vm() {
     assert_eq!(number(&seen, "/session"), 2);
     assert_eq!(number(&seen, "/memory/peak"), 0);
     assert_eq!(seen["queues"][2]["operations"], serde_json::json!({}));
+}
+
+#[test]
+fn the_processor_counts_where_it_can() {
+    let (events, _) = Events::all().available();
+    let device = Device::start();
+    let mut vm = Vm::connect(&device);
+    vm.store(0, &pattern(1, 512));
+    let seen = statistics(&device);
+    let text = scrape(&device, "GET /metrics HTTP/1.1\r\n\r\n");
+    for name in NAMES {
+        let count = seen.pointer(&format!("/queues/2/hardware/{name}"));
+        let metric = format!("hmm_worker_{name}_total{{queue=\"2\"}}");
+        if events.names().any(|counted| counted == name) {
+            assert!(count.and_then(Value::as_u64).is_some(), "{name} in {seen}");
+            assert!(text.contains(&metric), "{text}");
+        } else {
+            assert_eq!(count, None, "{name}");
+            assert!(!text.contains(&metric), "{text}");
+        }
+    }
 }
 
 /// What the metrics socket answers to a request.

@@ -28,6 +28,7 @@ impl Device {
             metrics_socket: None,
             metrics_tcp: None,
             prefault: false,
+            hardware_counters: true,
             link: link::Config::default(),
             inject: Vec::new(),
             inject_seed: 0,
