@@ -403,11 +403,18 @@ impl Vm {
 
     /// Makes the chain that starts at `head` available, without a kick.
     pub fn offer(&mut self, queue: u32, head: u16) {
+        self.offer_at_once(queue, &[head]);
+    }
+
+    /// Makes the chains that start at `heads` available, all at the same time.
+    pub fn offer_at_once(&mut self, queue: u32, heads: &[u16]) {
         let ring = &mut self.rings[queue as usize];
-        let slot = ring.avail() + 4 + 2 * u64::from(ring.avail % QUEUE_SIZE);
-        ring.avail = ring.avail.wrapping_add(1);
+        for head in heads {
+            let slot = ring.avail() + 4 + 2 * u64::from(ring.avail % QUEUE_SIZE);
+            ring.avail = ring.avail.wrapping_add(1);
+            self.mem.write_obj(*head, GuestAddress(slot)).unwrap();
+        }
         let (idx, avail) = (ring.avail() + 2, ring.avail);
-        self.mem.write_obj(head, GuestAddress(slot)).unwrap();
         self.mem
             .store(avail, GuestAddress(idx), Ordering::Release)
             .unwrap();
@@ -458,9 +465,14 @@ impl Vm {
         readable: &[Buffer],
         writable: &[Buffer],
     ) {
+        self.describe(queue, head, readable, writable);
+        self.offer(queue, head);
+    }
+
+    /// Makes a chain of these buffers from descriptor `head` on.
+    pub fn describe(&self, queue: u32, head: u16, readable: &[Buffer], writable: &[Buffer]) {
         let chain = descriptors(head, readable, writable);
         self.write_descriptors(self.table(queue), head, &chain);
-        self.offer(queue, head);
     }
 
     /// Has the device process one chain. Returns the length written.
