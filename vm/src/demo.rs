@@ -11,7 +11,6 @@ use serde::Serialize;
 use crate::accelerator::Accelerator;
 use crate::error::{Error, Result};
 use crate::prepare::{Job, MachineOptions, Prepared};
-use crate::process::capture;
 use crate::reconcile::{self, Guest, PRINT_COUNTERS, Sides, grouped};
 use crate::report::Report;
 use crate::run::{End, pass_on};
@@ -141,12 +140,7 @@ pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
     demo.seed = seed;
     demo.accelerator = prepared.accelerator();
     demo.kernel = finished.kernel;
-    demo.qemu = capture(prepared.toolbox().qemu().arg("--version"))?
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .trim_start_matches("QEMU emulator version ")
-        .to_owned();
+    demo.qemu = prepared.toolbox().qemu_version()?;
     demo.boot_seconds = finished.boot.as_secs_f64();
     demo.seconds = started.elapsed().as_secs_f64();
     Ok(demo)

@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod demo;
 mod devices;
 pub mod doctor;
+pub mod environment;
 pub mod error;
 mod host;
 pub mod initramfs;

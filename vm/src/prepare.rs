@@ -211,6 +211,12 @@ impl Prepared {
         self.accelerator
     }
 
+    /// The machine's profile, with what the command line changed.
+    #[must_use]
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
     /// Where QEMU comes from.
     #[must_use]
     pub fn toolbox(&self) -> &Toolbox {

@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hmm_init::Stream;
-use hmm_stress::report::{Case, Line, Verdict};
+use hmm_stress::report::{Case, Latency, Line, Verdict};
 use hmm_stress::scenario;
 use serde::Serialize;
 
-use crate::accelerator::Accelerator;
 use crate::demo::random_seed;
+use crate::environment::Environment;
 use crate::error::{Error, Result, with_sources};
 use crate::kernel::Kernel;
 use crate::prepare::{Job, MachineOptions, Prepared, log_tail};
@@ -93,13 +93,33 @@ pub struct Failure {
     pub command: String,
 }
 
+/// A turn that was taken.
+#[derive(Clone, Debug, Serialize)]
+pub struct Turn {
+    /// The scenario or suite.
+    pub name: String,
+    /// Its seed.
+    pub seed: u64,
+    /// When it began, in seconds after the first one did.
+    pub at: f64,
+    /// How long it took, in seconds.
+    pub seconds: f64,
+    /// Cases in it that passed.
+    pub passed: u64,
+    /// Those that failed; at least one if the turn did not end well.
+    pub failed: u64,
+    /// Those that could not run.
+    pub skipped: u64,
+    /// Times of its CPU faults on device pages.
+    pub fault_latency_ns: Latency,
+}
+
 /// The result, as `--json` prints it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Stress {
-    /// "kvm" or "tcg".
-    pub accelerator: Accelerator,
-    /// Release of the guest's kernel.
-    pub kernel: String,
+    /// What it was got with.
+    #[serde(flatten)]
+    pub environment: Environment,
     /// Seed of the first turn; each other turn's is made from the one before.
     pub seed: u64,
     /// Seconds from the first turn to the last.
@@ -120,6 +140,8 @@ pub struct Stress {
     pub operations: u64,
     /// What failed.
     pub failures: Vec<Failure>,
+    /// The turns in their order.
+    pub timeline: Vec<Turn>,
     /// Both sides of every device.
     pub devices: Vec<reconcile::Device>,
     /// Whether both sides of every device agree.
@@ -229,8 +251,8 @@ impl Stress {
                 (_, true) => "reconcile",
                 (_, false) => "DO NOT RECONCILE",
             },
-            self.kernel,
-            self.accelerator,
+            self.environment.kernel,
+            self.environment.accelerator,
             self.seconds,
             self.seed
         );
@@ -263,6 +285,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
     };
     options.timeout.get_or_insert(duration + ENDING);
     let prepared = Prepared::new(&options)?;
+    let environment = Environment::of(&prepared)?;
     Report.line(&format!(
         "booting on {}; {} turns again and again for {} s, from seed {seed}",
         prepared.accelerator(),
@@ -283,21 +306,19 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
         }
         Ok(())
     });
-    if progress.turns == 0 {
+    if progress.first.is_none() {
         finished?;
         return Err(Error::Config(tail(&progress.errors_text(), 5)));
     }
-    let (kernel, host, ended_by, status) = match finished {
-        Ok(finished) => (finished.kernel, finished.counters, None, None),
+    let (host, ended_by, status) = match finished {
+        Ok(finished) => (finished.counters, None, None),
         Err(error) => {
             if let Error::Run { logs, .. } = &error {
                 eprintln!("{}", log_tail(logs));
             }
             progress.interrupted(&error);
             let status = error.exit_status();
-            let kernel = prepared.kernel().release.clone();
-            let host = Vec::new();
-            (kernel, host, Some(with_sources(&error)), Some(status))
+            (Vec::new(), Some(with_sources(&error)), Some(status))
         }
     };
     let devices = reconcile::devices(&progress.guest, &host);
@@ -307,8 +328,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
         failure.command = format!("cargo vm stress {repeat}--turn {turn} --seed {seed}");
     }
     let mut stress = Stress {
-        accelerator: prepared.accelerator(),
-        kernel,
+        environment,
         seed,
         seconds: progress.seconds(),
         turns: progress.turns,
@@ -319,6 +339,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
         mismatches: progress.mismatches,
         operations: progress.operations,
         failures: progress.failures,
+        timeline: progress.timeline,
         reconciled: devices.iter().all(|device| device.reconciled)
             && devices.iter().any(reconcile::Device::was_used),
         devices,
@@ -422,8 +443,9 @@ struct Progress {
     errors: Vec<u8>,
     first: Option<Instant>,
     last: Option<Instant>,
-    turn: Option<Turn>,
+    turn: Option<Ongoing>,
     turns: u64,
+    timeline: Vec<Turn>,
     verdicts: [u64; 3],
     skipped: BTreeSet<String>,
     mismatches: u64,
@@ -436,11 +458,12 @@ struct Progress {
 }
 
 /// A turn that is being taken.
-struct Turn {
+struct Ongoing {
     name: String,
     seed: u64,
     started: Instant,
     verdicts: [u64; 3],
+    fault_latency_ns: Latency,
 }
 
 impl Progress {
@@ -460,11 +483,12 @@ impl Progress {
                 let now = Instant::now();
                 self.first.get_or_insert(now);
                 self.errors.clear();
-                self.turn = Some(Turn {
+                self.turn = Some(Ongoing {
                     name: (*name).to_owned(),
                     seed: seed.parse().unwrap_or(0),
                     started: now,
                     verdicts: [0; 3],
+                    fault_latency_ns: Latency::default(),
                 });
             }
             ["end", status] => self.end(status),
@@ -477,15 +501,15 @@ impl Progress {
                 }
             }
             ["module", how] => self.unloaded = *how == "unloaded",
-            _ => {
-                if let Ok(Line::Scenario(case) | Line::Test { case, .. }) =
-                    serde_json::from_str(line)
-                {
-                    self.case(case);
-                } else {
-                    self.guest.add_line(line);
+            _ => match serde_json::from_str(line) {
+                Ok(Line::Scenario(case) | Line::Test { case, .. }) => self.case(case),
+                Ok(Line::Summary(summary)) => {
+                    if let Some(turn) = &mut self.turn {
+                        turn.fault_latency_ns = summary.fault_latency_ns;
+                    }
                 }
-            }
+                _ => drop(self.guest.add_line(line)),
+            },
         }
     }
 
@@ -549,14 +573,31 @@ impl Progress {
             self.fail(turn.name.clone(), reason);
         }
         self.turns += 1;
-        self.turn = None;
         self.last = Some(Instant::now());
+        self.remember(status == "0");
     }
 
     fn interrupted(&mut self, error: &Error) {
         if let Some(turn) = &self.turn {
             self.fail(turn.name.clone(), with_sources(error));
         }
+        self.remember(false);
+    }
+
+    /// The turn that is being taken has ended, well or not.
+    fn remember(&mut self, well: bool) {
+        let Some(turn) = self.turn.take() else { return };
+        let [passed, failed, skipped] = turn.verdicts;
+        self.timeline.push(Turn {
+            at: self.seconds_until(turn.started),
+            seconds: turn.started.elapsed().as_secs_f64(),
+            passed,
+            failed: failed.max(u64::from(!well)),
+            skipped,
+            name: turn.name,
+            seed: turn.seed,
+            fault_latency_ns: turn.fault_latency_ns,
+        });
     }
 
     fn seconds_until(&self, end: Instant) -> f64 {
@@ -593,6 +634,11 @@ mod tests {
         let progress = after(&[turn, turn].concat());
         assert_eq!((progress.turns, progress.verdicts), (2, [2, 0, 2]));
         assert_eq!(progress.operations, 20);
+        let [first, second] = progress.timeline.as_slice() else {
+            panic!("{:?}", progress.timeline)
+        };
+        assert_eq!((first.passed, first.failed, first.skipped), (1, 0, 1));
+        assert!(first.at == 0.0 && second.at >= first.seconds);
         assert_eq!(progress.skipped, BTreeSet::from(["sparse: no swap".into()]));
         assert!(progress.failures.is_empty() && progress.turn.is_none());
     }
@@ -612,6 +658,7 @@ mod tests {
     fn a_program_that_just_ends_has_failed() {
         let progress = after(&["turn model 9", "end 139"]);
         assert!(progress.failures[0].reason.contains("139"));
+        assert_eq!(progress.timeline[0].failed, 1);
     }
 
     #[test]

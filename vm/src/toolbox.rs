@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::host::{Fitting, Host, QEMU};
 use crate::kernel::Kernel;
 use crate::paths::Cache;
+use crate::process::capture;
 use crate::report::Report;
 use crate::root::Root;
 
@@ -118,6 +119,16 @@ impl Toolbox {
                 command
             }
         }
+    }
+
+    /// Version of its QEMU, as it tells it.
+    ///
+    /// # Errors
+    /// It cannot be run.
+    pub fn qemu_version(&self) -> Result<String> {
+        let text = capture(self.qemu().arg("--version"))?;
+        let line = text.lines().next().unwrap_or_default();
+        Ok(line.trim_start_matches("QEMU emulator version ").to_owned())
     }
 
     /// Its static busybox.
