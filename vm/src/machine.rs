@@ -35,6 +35,8 @@ pub struct RunFiles {
     pub actions: PathBuf,
     /// Socket of QEMU's gdb stub.
     pub gdb: PathBuf,
+    /// The disk, if the profile has one.
+    pub disk: PathBuf,
     /// Log of the serial console.
     pub console_log: PathBuf,
 }
@@ -141,6 +143,14 @@ impl Machine<'_> {
                 .arg(socket(id, path))
                 .arg("-device")
                 .arg(format!("virtserialport,chardev={id},name={name}"));
+        }
+
+        if profile.disk.is_some() {
+            let file = joined(["file,node-name=disk,filename=", &escaped(&files.disk)]);
+            command
+                .arg("-blockdev")
+                .arg(file)
+                .args(["-device", "virtio-blk-pci,drive=disk"]);
         }
 
         for (slot, path) in (0..).zip(&self.devices) {

@@ -27,6 +27,9 @@ pub struct Profile {
     pub cpu: Cpu,
     /// The device.
     pub device: Device,
+    /// Size of a virtio disk in the host's RAM, empty when the machine starts; none if not given.
+    #[serde(default)]
+    pub disk: Option<Size>,
     /// The driver.
     pub driver: Driver,
     /// The guest's kernel.

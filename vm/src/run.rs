@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, BufReader, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -13,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hmm_init::{Bytes, Event, Input, Stream, receive, send};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
@@ -24,6 +26,7 @@ use crate::error::{Error, FileContext, Result};
 use crate::machine::{Machine, RunFiles};
 use crate::process::{Guarded, describe, tail};
 use crate::terminal;
+use crate::units::Size;
 
 /// How long a guest whose command has ended may take to power off.
 const POWER_OFF: Duration = Duration::from_secs(30);
@@ -125,6 +128,7 @@ pub fn run_files(scratch: &Path, logs: &Path) -> RunFiles {
         monitor: scratch.join("monitor"),
         actions: scratch.join("actions"),
         gdb: scratch.join("gdb"),
+        disk: scratch.join("disk"),
         console_log: logs.join("console.log"),
     }
 }
@@ -140,7 +144,11 @@ impl Run<'_> {
         output: &mut dyn FnMut(Stream, &[u8]) -> io::Result<()>,
     ) -> Result<Finished> {
         let signals = Signals::register()?;
-        let files = run_files(scratch, self.logs);
+        let mut files = run_files(scratch, self.logs);
+        let disk = self.machine.profile.disk.map(ram_disk).transpose()?;
+        if let Some(disk) = &disk {
+            files.disk = path_of(disk);
+        }
         let bind = |socket: &Path| UnixListener::bind(socket).at("listen on", socket);
         let results = bind(&files.results)?;
         let settings = self.machine.profile.device.clone();
@@ -188,10 +196,25 @@ impl Run<'_> {
         let finished = watch.follow(&mut qemu, &devices, &qemu_log, terminal.as_ref(), output);
         drop(terminal);
         drop(qemu);
+        drop(disk);
         let mut finished = finished?;
         finished.counters = lock(&devices).counters()?;
         Ok(finished)
     }
+}
+
+/// A file in RAM, empty, which ends with this process at the latest.
+fn ram_disk(size: Size) -> Result<fs::File> {
+    let create = || {
+        let file = fs::File::from(memfd_create("virtio-hmm-disk", MemfdFlags::CLOEXEC)?);
+        file.set_len(size.0).map(|()| file)
+    };
+    create().at("make", "a disk in RAM")
+}
+
+/// Where another process of this user finds a file that has no name.
+fn path_of(file: &fs::File) -> PathBuf {
+    format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()
 }
 
 /// The signals that end a run.
