@@ -1,0 +1,319 @@
+//! How the works are timed.
+
+use std::fs;
+use std::hint::black_box;
+use std::ops::Range;
+use std::sync::Barrier;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+use hmm_stress::failure::Failure;
+use hmm_stress::pagemap;
+use hmm_stress::region::{PMD_PAGES, PageSize, Region};
+use hmm_stress::require;
+use virtio_hmm_client::PAGE_SIZE;
+
+use crate::contender::{Part, Session};
+use crate::contents;
+use crate::work::{Memory, Pages, Step};
+
+/// Pages that are read when faults are measured, at most.
+pub const FAULTS: usize = 4096;
+
+/// Pages between isolated faults: neither what the kernel reads ahead nor a huge page comes
+/// near the next.
+const APART: usize = PMD_PAGES;
+
+/// Pause before an isolated fault, in which everything that polls goes to sleep.
+pub const PAUSE: Duration = Duration::from_millis(15);
+
+/// Memory that is worked on in one round, at least: smaller memory is worked on again.
+const ENOUGH: usize = 2 << 20;
+
+/// Calls after which all pages have to have moved. Migration and reclaim are best effort.
+const CALLS: u32 = 50;
+
+/// What was measured of one work in one round.
+#[derive(Clone, Debug, Default)]
+pub struct Sample {
+    /// Time for each page, in nanoseconds; one of them unless it is about isolated faults.
+    pub page_ns: Vec<f64>,
+}
+
+impl Sample {
+    fn of(time: Duration, pages: usize) -> Self {
+        Self {
+            page_ns: vec![time.as_nanos() as f64 / pages as f64],
+        }
+    }
+}
+
+/// Memory of one work, filled.
+struct Subject<'a> {
+    session: &'a dyn Session,
+    memory: Memory,
+    region: Region,
+    generation: u64,
+}
+
+/// Measures the steps with this memory, which `steps` are among.
+///
+/// # Errors
+/// A call fails, pages do not move, or do not hold what they should.
+pub fn measure(
+    session: &dyn Session,
+    memory: Memory,
+    steps: &[Step],
+    rng: &mut Rng,
+) -> Result<Vec<(Step, Sample)>, Failure> {
+    let wanted = |step| steps.contains(&step);
+    let mut samples = Vec::new();
+    if wanted(Step::ToDevice) || wanted(Step::ToDeviceNet) || wanted(Step::Back) {
+        let times = transfers(session, memory, rng)?;
+        samples.extend(times.into_iter().filter(|(step, _)| wanted(*step)));
+    }
+    for step in [Step::SequentialFaults, Step::RandomFaults] {
+        if wanted(step) {
+            samples.push((step, faults(session, memory, step, rng)?));
+        }
+    }
+    if wanted(Step::IsolatedFault) {
+        let sample = isolated(session, memory, rng)?;
+        samples.push((Step::IsolatedFault, sample));
+    }
+    Ok(samples)
+}
+
+fn transfers(
+    session: &dyn Session,
+    memory: Memory,
+    rng: &mut Rng,
+) -> Result<Vec<(Step, Sample)>, Failure> {
+    let turns = (ENOUGH / memory.bytes).max(1);
+    let (mut out, mut besides, mut back) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
+    for _ in 0..turns {
+        let subject = Subject::new(session, memory, rng)?;
+        out += subject.go_out()?;
+        besides += subject.besides()?;
+        session.settle(&subject.part(0..memory.page_count()))?;
+        back += subject.come_back()?;
+        subject.check(0..memory.page_count())?;
+    }
+    let pages = turns * memory.page_count();
+    let mut samples = vec![
+        (Step::ToDevice, Sample::of(out, pages)),
+        (Step::Back, Sample::of(back, pages)),
+    ];
+    // On a busy machine the one can take longer by itself than it did within the other.
+    if out > besides {
+        samples.push((Step::ToDeviceNet, Sample::of(out - besides, pages)));
+    }
+    Ok(samples)
+}
+
+fn faults(
+    session: &dyn Session,
+    memory: Memory,
+    step: Step,
+    rng: &mut Rng,
+) -> Result<Sample, Failure> {
+    let turns = (ENOUGH / memory.bytes).max(1);
+    let mut time = Duration::ZERO;
+    let mut count = 0;
+    for _ in 0..turns {
+        let subject = Subject::new(session, memory, rng)?;
+        let orders: Vec<Vec<usize>> = subject
+            .parts()
+            .map(|part| {
+                let mut pages: Vec<usize> = part.pages.collect();
+                if step == Step::RandomFaults {
+                    rng.shuffle(&mut pages);
+                }
+                pages.truncate(FAULTS / memory.threads);
+                pages
+            })
+            .collect();
+        subject.send_out()?;
+        time += subject.together(|thread| {
+            for &page in &orders[thread] {
+                subject.touch(page);
+            }
+            Ok(())
+        })?;
+        let touched = orders.into_iter().flatten();
+        count += touched
+            .map(|page| subject.check(page..page + 1))
+            .try_fold(0, |count, checked| checked.map(|()| count + 1))?;
+    }
+    Ok(Sample::of(time, count))
+}
+
+fn isolated(session: &dyn Session, memory: Memory, rng: &mut Rng) -> Result<Sample, Failure> {
+    let subject = Subject::new(session, memory, rng)?;
+    let mut pages: Vec<usize> = (0..memory.page_count()).step_by(APART).collect();
+    rng.shuffle(&mut pages);
+    subject.send_out()?;
+    let mut page_ns = Vec::new();
+    for &page in &pages {
+        thread::sleep(PAUSE);
+        let start = Instant::now();
+        subject.touch(page);
+        page_ns.push(start.elapsed().as_nanos() as f64);
+    }
+    for page in pages {
+        subject.check(page..page + 1)?;
+    }
+    Ok(Sample { page_ns })
+}
+
+impl<'a> Subject<'a> {
+    fn new(session: &'a dyn Session, memory: Memory, rng: &mut Rng) -> Result<Self, Failure> {
+        let page_size = match memory.pages {
+            Pages::Small => PageSize::Small,
+            Pages::Huge => PageSize::Huge,
+        };
+        let region = Region::new(memory.page_count(), page_size, rng.u64(..))?;
+        let subject = Self {
+            session,
+            memory,
+            region,
+            generation: rng.u64(1..),
+        };
+        let huge = huge_pages()?;
+        for page in 0..memory.page_count() {
+            contents::write(&subject.region, page, subject.generation);
+        }
+        if memory.pages == Pages::Huge {
+            let (got, wanted) = (huge_pages()? - huge, memory.page_count() / PMD_PAGES);
+            require!(got >= wanted, "{got} huge pages of {wanted}");
+        }
+        Ok(subject)
+    }
+
+    fn part(&self, pages: Range<usize>) -> Part {
+        Part {
+            addresses: self.region.range(pages.clone()),
+            pages,
+        }
+    }
+
+    /// Those of the threads.
+    fn parts(&self) -> impl Iterator<Item = Part> {
+        let each = self.memory.page_count() / self.memory.threads;
+        (0..self.memory.threads).map(move |thread| self.part(thread * each..(thread + 1) * each))
+    }
+
+    /// The time from the first thread's start to the last one's end.
+    fn together(
+        &self,
+        work: impl Fn(usize) -> Result<(), Failure> + Sync,
+    ) -> Result<Duration, Failure> {
+        let timed = |thread| {
+            let start = Instant::now();
+            work(thread).map(|()| (start, Instant::now()))
+        };
+        if self.memory.threads == 1 {
+            return timed(0).map(|(start, end)| end - start);
+        }
+        let barrier = Barrier::new(self.memory.threads);
+        let times: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..self.memory.threads)
+                .map(|thread| {
+                    let (barrier, timed) = (&barrier, &timed);
+                    scope.spawn(move || {
+                        barrier.wait();
+                        timed(thread)
+                    })
+                })
+                .collect();
+            let ended = threads.into_iter().map(|thread| thread.join());
+            ended
+                .map(|time| time.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect::<Result<_, _>>()
+        })?;
+        let first = times.iter().map(|(start, _)| *start).min();
+        let last = times.iter().map(|(_, end)| *end).max();
+        Ok(last
+            .zip(first)
+            .map_or(Duration::ZERO, |(last, first)| last - first))
+    }
+
+    /// Calls for every part until all its pages have moved, and returns the time of the calls.
+    fn until(
+        &self,
+        moved: impl Fn(pagemap::Entry) -> bool,
+        call: impl Fn(&Part) -> Result<(), Failure> + Sync,
+    ) -> Result<Duration, Failure> {
+        let parts: Vec<Part> = self.parts().collect();
+        let mut left = vec![true; parts.len()];
+        let mut time = Duration::ZERO;
+        for _ in 0..CALLS {
+            time += self.together(|thread| match left[thread] {
+                true => call(&parts[thread]),
+                false => Ok(()),
+            })?;
+            for (left, part) in left.iter_mut().zip(&parts) {
+                let entries = pagemap::entries(part.addresses.clone())?;
+                *left = !entries.into_iter().all(&moved);
+            }
+            if !left.contains(&true) {
+                return Ok(time);
+            }
+        }
+        Err(Failure::Broken(format!(
+            "some pages did not move in {CALLS} calls"
+        )))
+    }
+
+    fn go_out(&self) -> Result<Duration, Failure> {
+        self.until(pagemap::Entry::swap, |part| self.session.out(part))
+    }
+
+    fn come_back(&self) -> Result<Duration, Failure> {
+        self.until(pagemap::Entry::present, |part| self.session.back(part))
+    }
+
+    /// Sends all out without a look at the time.
+    fn send_out(&self) -> Result<(), Failure> {
+        self.go_out()?;
+        self.session.settle(&self.part(0..self.memory.page_count()))
+    }
+
+    fn besides(&self) -> Result<Duration, Failure> {
+        let parts: Vec<Part> = self.parts().collect();
+        self.together(|thread| self.session.besides(&parts[thread]))
+    }
+
+    fn touch(&self, page: usize) {
+        black_box(self.region.words(page)[0].load(Ordering::Relaxed));
+    }
+
+    fn check(&self, pages: Range<usize>) -> Result<(), Failure> {
+        for page in pages {
+            require!(
+                contents::holds(&self.region, page, self.generation),
+                "page {page} of {} does not hold what was written",
+                self.memory
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Huge pages that this process has.
+fn huge_pages() -> Result<usize, Failure> {
+    const FILE: &str = "/proc/self/smaps_rollup";
+    let text = fs::read_to_string(FILE).map_err(|source| Failure::System {
+        call: "reading /proc/self/smaps_rollup",
+        source,
+    })?;
+    text.lines()
+        .find_map(|line| {
+            let size = line.strip_prefix("AnonHugePages:")?.trim();
+            size.strip_suffix(" kB")?.parse::<usize>().ok()
+        })
+        .map(|kib| kib * 1024 / PAGE_SIZE / PMD_PAGES)
+        .ok_or_else(|| Failure::Broken(format!("{FILE} tells nothing about huge pages")))
+}
