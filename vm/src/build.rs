@@ -17,6 +17,7 @@ use crate::kernel::Kernel;
 use crate::paths::{self, Cache, remove_all};
 use crate::process::{capture, die_with_parent};
 use crate::report::Report;
+use crate::root::fetch_kernel_files;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "vm";
@@ -25,6 +26,10 @@ const DAEMON: &str = "vhost-device-hmm";
 /// Package and binary of the guest's first program.
 pub(crate) const INIT: &str = "hmm-init";
 const MODULE: &str = "virtio_hmm.ko";
+/// The kernel's module for tests, its sources, and what has them built by themselves.
+const TEST_HMM: &str = "test_hmm.ko";
+const TEST_HMM_SOURCES: [&str; 2] = ["lib/test_hmm.c", "lib/test_hmm_uapi.h"];
+const TEST_HMM_KBUILD: &str = "obj-m := test_hmm.o\n";
 
 /// The cargo that runs this tool, or the one in PATH.
 #[must_use]
@@ -177,12 +182,39 @@ pub fn make_command(kernel: &Kernel, extra: &str) -> String {
     )
 }
 
-/// Builds the kernel module in `sources` unless these very files were built for
-/// this very kernel.
+/// Builds the driver in `sources` unless these very files were built for this very kernel.
 ///
 /// # Errors
 /// The build fails.
 pub fn module(sources: &Path, kernel: &Kernel, cache: &Cache, report: Report) -> Result<PathBuf> {
+    named_module(MODULE, sources, kernel, cache, report)
+}
+
+/// Builds the kernel's own `test_hmm` from Debian's source of the kernel.
+///
+/// # Errors
+/// The source cannot be fetched, or the build fails.
+pub fn test_hmm(
+    kernel: &Kernel,
+    cache: &Cache,
+    mirror: Option<&str>,
+    report: Report,
+) -> Result<PathBuf> {
+    let sources = cache.test_hmm();
+    let files = TEST_HMM_SOURCES.map(ToOwned::to_owned);
+    fetch_kernel_files(&files, "test_hmm", cache, mirror, &sources, report)?;
+    let kbuild = sources.join("Kbuild");
+    fs::write(&kbuild, TEST_HMM_KBUILD).at("write", &kbuild)?;
+    named_module(TEST_HMM, &sources, kernel, cache, report)
+}
+
+fn named_module(
+    name: &'static str,
+    sources: &Path,
+    kernel: &Kernel,
+    cache: &Cache,
+    report: Report,
+) -> Result<PathBuf> {
     let mut hasher = DefaultHasher::new();
     // A user builds a kernel again in the same place.
     let image = fs::metadata(&kernel.image).at("read", &kernel.image)?;
@@ -193,7 +225,7 @@ pub fn module(sources: &Path, kernel: &Kernel, cache: &Cache, report: Report) ->
         (file, fs::read(&path).at("read", &path)?).hash(&mut hasher);
     }
     let directory = cache.modules().join(format!("{:016x}", hasher.finish()));
-    let module = directory.join(MODULE);
+    let module = directory.join(name);
     if module.exists() {
         return Ok(module);
     }
@@ -202,7 +234,7 @@ pub fn module(sources: &Path, kernel: &Kernel, cache: &Cache, report: Report) ->
         return Ok(module);
     }
     report.line(&format!(
-        "building the kernel module for {} with {} gcc",
+        "building {name} for {} with {} gcc",
         kernel.release,
         match kernel.root {
             Some(_) => "the toolbox's",
@@ -218,6 +250,6 @@ pub fn module(sources: &Path, kernel: &Kernel, cache: &Cache, report: Report) ->
     if module.exists() {
         Ok(module)
     } else {
-        Err(Error::Incomplete(MODULE))
+        Err(Error::Incomplete(name))
     }
 }

@@ -83,7 +83,7 @@ pub enum Error {
     Init(String),
     #[error("the guest sent a line that is no message")]
     Protocol(#[source] io::Error),
-    #[error("the stress program ended early, with status {}", .0.exit_status())]
+    #[error("the guest's program ended early, with status {}", .0.exit_status())]
     Stress(End),
     #[error("the device daemon's control socket answered: {0}")]
     Control(String),

@@ -149,6 +149,18 @@ impl Kernel {
             .ok_or(Error::Incomplete("kernel"))
     }
 
+    /// Those of its own modules that are files, packed or not; others it has built in, or does
+    /// not have.
+    pub(crate) fn module_files(&self, names: &[&str]) -> Vec<PathBuf> {
+        let names = names
+            .iter()
+            .flat_map(|name| [(*name).to_owned(), format!("{name}.xz")]);
+        names
+            .map(|name| self.modules.join(name))
+            .filter(|path| path.exists())
+            .collect()
+    }
+
     /// Runs a shell script, such as make, in `directory` where this kernel's compiler is.
     pub(crate) fn run(&self, directory: &Path, script: &str) -> Result<String> {
         match &self.root {

@@ -4,6 +4,7 @@
 pub mod accelerator;
 mod actions;
 pub mod apt;
+pub mod bench;
 pub mod build;
 pub mod console;
 pub mod daemon;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use hmm_bench::contender::Contender;
 use hmm_vm::apt::MIRROR_VARIABLE;
 use hmm_vm::error::with_sources;
 use hmm_vm::paths::{Cache, remove_all};
@@ -14,7 +15,7 @@ use hmm_vm::run::pass_on;
 use hmm_vm::stress::{self, Wanted};
 use hmm_vm::toolbox::{self, TOOLBOX_VARIABLE};
 use hmm_vm::units::parse_duration;
-use hmm_vm::{Error, Result, demo, doctor, testing};
+use hmm_vm::{Error, Result, bench, demo, doctor, testing};
 use serde::Serialize;
 
 #[derive(Parser)]
@@ -79,6 +80,30 @@ enum Command {
         /// Take one turn only: a scenario, contract, neighbours or model
         #[arg(long, value_name = "NAME")]
         turn: Option<String>,
+        /// Print one JSON object on standard output
+        #[arg(long)]
+        json: bool,
+    },
+    /// Measure the device beside test_hmm, swap and zram
+    #[command(
+        after_help = "Exit status: 0 only if all was measured that can be, and every byte was \
+        right; 1 if not, 123 to 125 as for run."
+    )]
+    Bench {
+        #[command(flatten)]
+        machine: MachineOptions,
+        /// Rounds; each contender does each work once in a round
+        #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+        rounds: u32,
+        /// Measure only works whose name has this in it, such as 64M-4k-1t or back (again for more)
+        #[arg(long, value_name = "PATTERN")]
+        only: Vec<String>,
+        /// Measure only this one beside the device: test_hmm, swap or zram (again for more)
+        #[arg(long, value_name = "CONTENDER")]
+        against: Vec<Contender>,
+        /// Repeat the choices of an earlier run
+        #[arg(long)]
+        seed: Option<u64>,
         /// Print one JSON object on standard output
         #[arg(long)]
         json: bool,
@@ -184,6 +209,30 @@ fn execute(command: Command) -> Result<u8> {
             let stress = stress::run(&machine, wanted)?;
             show(&stress, stress.table(), json)?;
             Ok(stress.status)
+        }
+        Command::Bench {
+            machine,
+            rounds,
+            only,
+            against,
+            seed,
+            json,
+        } => {
+            let machine = bench::with_profile(machine);
+            let wanted = bench::Wanted {
+                rounds,
+                only: &only,
+                against: &against,
+                seed,
+            };
+            wanted.check()?;
+            if machine.dry_run {
+                print!("{}", dry_run(&machine, false)?);
+                return Ok(0);
+            }
+            let bench = bench::run(&machine, wanted)?;
+            show(&bench, bench.table(), json)?;
+            Ok(u8::from(!bench.passed()))
         }
         Command::Test { machine } => Ok(u8::from(testing::run_all(&machine)?.failed > 0)),
         Command::Doctor { toolbox, mirror } => {

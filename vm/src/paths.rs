@@ -95,6 +95,12 @@ impl Cache {
         self.root.join("checkpatch")
     }
 
+    /// Sources of the kernel's `test_hmm`.
+    #[must_use]
+    pub fn test_hmm(&self) -> PathBuf {
+        self.root.join("test_hmm")
+    }
+
     /// Whether KVM works here.
     #[must_use]
     pub fn accelerator(&self) -> PathBuf {
@@ -107,13 +113,14 @@ impl Cache {
 
     /// Everything this tool may have put into the cache.
     #[must_use]
-    pub fn entries(&self) -> [PathBuf; 7] {
+    pub fn entries(&self) -> [PathBuf; 8] {
         [
             self.toolboxes(),
             self.apt(),
             self.modules(),
             self.logs(),
             self.checkpatch(),
+            self.test_hmm(),
             self.accelerator(),
             self.lock_file(),
         ]

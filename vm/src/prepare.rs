@@ -38,9 +38,9 @@ const PROBE: Duration = Duration::from_secs(10);
 /// What the user can say about the machine.
 #[derive(Args, Clone, Debug)]
 pub struct MachineOptions {
-    /// Machine profile: a name in qemu-configs/, or the path of a TOML file
-    #[arg(long, default_value = "default", value_name = "NAME")]
-    pub profile: String,
+    /// Machine profile: a name in qemu-configs/, or the path of a TOML file [default: bench for bench, default for all else]
+    #[arg(long, value_name = "NAME")]
+    pub profile: Option<String>,
     /// What the machine runs on
     #[arg(long, value_enum, default_value_t = Choice::Auto, env = ACCELERATOR_VARIABLE)]
     pub accel: Choice,
@@ -115,7 +115,7 @@ impl MachineOptions {
     /// # Errors
     /// There is no such profile, or a value cannot work.
     pub fn profile(&self) -> Result<Profile> {
-        let mut profile = Profile::load(&self.profile)?;
+        let mut profile = Profile::load(self.profile.as_deref().unwrap_or("default"))?;
         profile.cpus = self.cpus.unwrap_or(profile.cpus);
         profile.memory = self.memory.unwrap_or(profile.memory);
         profile.device.count = match self.device_socket {
@@ -221,6 +221,15 @@ impl Prepared {
     #[must_use]
     pub fn toolbox(&self) -> &Toolbox {
         &self.toolbox
+    }
+
+    /// The kernel's own `test_hmm`, for the kernel that boots.
+    ///
+    /// # Errors
+    /// Its source cannot be fetched, or it does not build.
+    pub fn test_hmm(&self) -> Result<PathBuf> {
+        let mirror = self.options.mirror.as_deref();
+        build::test_hmm(&self.kernel, &self.cache, mirror, Report)
     }
 
     /// The kernel that boots.

@@ -174,20 +174,33 @@ pub fn fetch_checkpatch(
     directory: &Path,
     report: Report,
 ) -> Result<()> {
+    let files = toolbox_recipe()?.source.files;
+    fetch_kernel_files(&files, "checkpatch", cache, mirror, directory, report)
+}
+
+/// Puts files of the kernel's source into `directory`, unless they are there; `purpose` is a
+/// word for what they are for.
+///
+/// # Errors
+/// The kernel's source package cannot be fetched.
+pub(crate) fn fetch_kernel_files(
+    files: &[String],
+    purpose: &str,
+    cache: &Cache,
+    mirror: Option<&str>,
+    directory: &Path,
+    report: Report,
+) -> Result<()> {
     let recipe = toolbox_recipe()?;
     let _lock = cache.lock(report)?;
     let wanted = |name: &String| Path::new(name).file_name().map(|name| directory.join(name));
-    let there = recipe
-        .source
-        .files
-        .iter()
-        .filter_map(wanted)
-        .all(|path| path.exists());
-    if there {
+    if files.iter().filter_map(wanted).all(|path| path.exists()) {
         return Ok(());
     }
-    report.line("fetching the kernel's source package for its checkpatch.pl (160 MB, once)");
-    let apt = Apt::new(cache, "checkpatch", &recipe.suites, mirror)?;
+    report.line(&format!(
+        "fetching the kernel's source package for its {purpose} (160 MB, once)"
+    ));
+    let apt = Apt::new(cache, purpose, &recipe.suites, mirror)?;
     fs::create_dir_all(directory).at("create", directory)?;
     let unpacked = tempfile::tempdir_in(cache.apt()).at("write", cache.apt())?;
     apt.unpack(
@@ -196,7 +209,7 @@ pub fn fetch_checkpatch(
         report,
     )?;
     let tarball = kernel_source(unpacked.path())?;
-    let patterns = recipe.source.files.iter().map(|file| format!("*/{file}"));
+    let patterns = files.iter().map(|file| format!("*/{file}"));
     capture(
         Command::new("tar")
             .arg("--extract")

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hmm_init::Stream;
@@ -14,7 +13,6 @@ use serde::Serialize;
 use crate::demo::random_seed;
 use crate::environment::Environment;
 use crate::error::{Error, Result, with_sources};
-use crate::kernel::Kernel;
 use crate::prepare::{Job, MachineOptions, Prepared, log_tail};
 use crate::process::tail;
 use crate::reconcile::{self, Guest, PRINT_COUNTERS, grouped};
@@ -294,7 +292,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
     ));
     let job = Job {
         command: vec!["sh".into(), "-c".into(), script(&turns, seed, duration)],
-        files: modules(prepared.kernel()),
+        files: prepared.kernel().module_files(&MODULES),
         ..Job::default()
     };
     let mut progress = Progress::default();
@@ -423,17 +421,6 @@ done
 {checks}"
     );
     script
-}
-
-/// Those of the modules that are files; others the kernel has built in, or does not have.
-fn modules(kernel: &Kernel) -> Vec<PathBuf> {
-    let names = MODULES
-        .iter()
-        .flat_map(|name| [name.to_string(), format!("{name}.xz")]);
-    names
-        .map(|name| kernel.modules.join(name))
-        .filter(|path| path.exists())
-        .collect()
 }
 
 /// What the guest has said so far.
