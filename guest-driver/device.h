@@ -47,6 +47,7 @@ struct vhmm_context;
  * @contexts: all &struct vhmm_context of the device
  * @whole: one bit per block of 2 MiB, set while none of its frames is in use
  * @partial: one bit per block, set while some are in use and some are not
+ * @in_use: for each block, how many of its frames are in use
  * @nr_blocks: number of blocks, constant
  * @closed: no more frames are given out
  * @module_held: the module was pinned because frames outlive the device's
@@ -71,6 +72,7 @@ struct vhmm_memory {
 	struct list_head contexts;
 	unsigned long *whole;
 	unsigned long *partial;
+	u16 *in_use;
 	unsigned long nr_blocks;
 	bool closed;
 	bool module_held;

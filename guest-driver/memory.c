@@ -22,27 +22,20 @@ static struct workqueue_struct *vhmm_release_wq;
 #define VHMM_BLOCK_FRAMES	HPAGE_PMD_NR
 
 /*
- * Note which blocks are whole, partly used or full, after frames from @frame on
- * changed hands.
+ * Note whether the block of @frame is whole, partly used or full, after @nr of
+ * its frames were taken, or given back if that is negative.
  */
-static void vhmm_update_blocks(struct vhmm_memory *mem, unsigned long frame,
-			       unsigned long nr)
+static void vhmm_update_block(struct vhmm_memory *mem, unsigned long frame,
+			      int nr)
 {
 	unsigned long block = frame / VHMM_BLOCK_FRAMES;
-	unsigned long last = (frame + nr - 1) / VHMM_BLOCK_FRAMES;
+	unsigned int in_use = mem->in_use[block] += nr;
 
 	lockdep_assert_held(&mem->lock);
 
-	for (; block <= last; block++) {
-		unsigned long *used = mem->used +
-			BIT_WORD(block * VHMM_BLOCK_FRAMES);
-
-		__assign_bit(block, mem->whole,
-			     bitmap_empty(used, VHMM_BLOCK_FRAMES));
-		__assign_bit(block, mem->partial,
-			     !bitmap_empty(used, VHMM_BLOCK_FRAMES) &&
-			     !bitmap_full(used, VHMM_BLOCK_FRAMES));
-	}
+	__assign_bit(block, mem->whole, !in_use);
+	__assign_bit(block, mem->partial,
+		     in_use && in_use < VHMM_BLOCK_FRAMES);
 }
 
 /*
@@ -76,7 +69,7 @@ static void vhmm_folio_free(struct folio *folio)
 	vhmm_folio_forget(folio);
 	spin_lock_irqsave(&mem->lock, flags);
 	bitmap_clear(mem->used, frame, nr);
-	vhmm_update_blocks(mem, frame, nr);
+	vhmm_update_block(mem, frame, -(int)nr);
 	vhmm_allocation_uncharge(dev, frame, nr);
 	if (!mem->nr_used) {
 		wake_up_all(&mem->empty);
@@ -111,8 +104,10 @@ static int vhmm_tables_alloc(struct vhmm_memory *mem)
 	mem->used = bitmap_zalloc(mem->nr_frames, GFP_KERNEL);
 	mem->whole = bitmap_alloc(mem->nr_blocks, GFP_KERNEL);
 	mem->partial = bitmap_zalloc(mem->nr_blocks, GFP_KERNEL);
+	mem->in_use = kvcalloc(mem->nr_blocks, sizeof(*mem->in_use), GFP_KERNEL);
 	mem->owner = vcalloc(mem->nr_frames, sizeof(*mem->owner));
-	if (!mem->used || !mem->whole || !mem->partial || !mem->owner)
+	if (!mem->used || !mem->whole || !mem->partial || !mem->in_use ||
+	    !mem->owner)
 		return -ENOMEM;
 	bitmap_fill(mem->whole, mem->nr_blocks);
 	return 0;
@@ -123,6 +118,7 @@ static void vhmm_tables_free(struct vhmm_memory *mem)
 	bitmap_free(mem->used);
 	bitmap_free(mem->whole);
 	bitmap_free(mem->partial);
+	kvfree(mem->in_use);
 	vfree(mem->owner);
 }
 
@@ -314,7 +310,7 @@ unsigned int vhmm_frames_alloc(struct vhmm_allocation *a, struct page **pages,
 	struct vhmm_device *dev = a->ctx->dev;
 	struct vhmm_memory *mem = &dev->memory;
 	unsigned long first = vhmm_first_pfn(dev);
-	unsigned long flags, block, frame, end;
+	unsigned long flags, block, frame, end, run;
 	unsigned int found = 0, i;
 
 	spin_lock_irqsave(&mem->lock, flags);
@@ -327,15 +323,18 @@ unsigned int vhmm_frames_alloc(struct vhmm_allocation *a, struct page **pages,
 			break;
 		frame = block * VHMM_BLOCK_FRAMES;
 		end = frame + VHMM_BLOCK_FRAMES;
-		for (; found < nr; frame++) {
+		for (; found < nr; frame += run) {
 			frame = find_next_zero_bit(mem->used, end, frame);
 			if (frame == end)
 				break;
-			__set_bit(frame, mem->used);
-			vhmm_allocation_charge(a, frame, 1);
-			pages[found++] = pfn_to_page(first + frame);
+			run = min(find_next_bit(mem->used, end, frame) - frame,
+				  nr - found);
+			bitmap_set(mem->used, frame, run);
+			vhmm_update_block(mem, frame, run);
+			vhmm_allocation_charge(a, frame, run);
+			for (i = 0; i < run; i++)
+				pages[found++] = pfn_to_page(first + frame + i);
 		}
-		vhmm_update_blocks(mem, block * VHMM_BLOCK_FRAMES, 1);
 	}
 	spin_unlock_irqrestore(&mem->lock, flags);
 
@@ -369,7 +368,7 @@ struct folio *vhmm_large_alloc(struct vhmm_allocation *a)
 	}
 	frame = block * VHMM_BLOCK_FRAMES;
 	bitmap_set(mem->used, frame, VHMM_BLOCK_FRAMES);
-	vhmm_update_blocks(mem, frame, VHMM_BLOCK_FRAMES);
+	vhmm_update_block(mem, frame, VHMM_BLOCK_FRAMES);
 	vhmm_allocation_charge(a, frame, VHMM_BLOCK_FRAMES);
 	spin_unlock_irqrestore(&mem->lock, flags);
 
