@@ -135,22 +135,26 @@ void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
 		      const unsigned long *src, unsigned long *dst,
 		      unsigned long nr)
 {
+	/* A large folio goes to a large folio. */
+	unsigned int run = vhmm_is_large(dst) ? nr : 1;
 	unsigned long i;
 	int ret;
 
 	vhmm_request_start(r, VIRTIO_HMM_OP_FROM_DEVICE);
-	for (i = 0; i < nr; i++) {
+	for (i = 0; i < nr; i += run) {
 		struct page *page = vhmm_entry_page(dst, i);
 
 		if (page)
-			vhmm_request_add(r, vhmm_page_frame(dev, vhmm_entry_page(src, i)),
-					 page, i);
+			vhmm_request_add_range(r, vhmm_page_frame(dev, vhmm_entry_page(src, i)),
+					       page, run, i);
 	}
 	if (!r->nr_frames)
 		return;
 
 	vhmm_request_submit(r);
 	ret = vhmm_request_wait(r);
+	if (vhmm_request_ok(r))
+		return;
 	for (i = 0; i < r->nr_frames; i++) {
 		if (ret || !vhmm_request_frame_ok(r, i))
 			vhmm_drop_destination(dst, r->slots[i]);
@@ -175,6 +179,8 @@ int vhmm_settle(struct vhmm_request *r, const unsigned long *src,
 	if (!nr || r->error)
 		return nr ? r->error : 0;
 	op = le32_to_cpu(r->req->op) - VIRTIO_HMM_OP_TO_DEVICE;
+	if (vhmm_is_large(dst) && vhmm_has_moved(src, dst, 0))
+		return 0;
 	for (i = 0; i < nr; i++)
 		unused += vhmm_request_frame_ok(r, i) &&
 			  !vhmm_has_moved(src, dst, r->slots[i]);

@@ -22,7 +22,7 @@ unsigned int vhmm_timeout_ms = 5000;
 module_param_named(timeout_ms, vhmm_timeout_ms, uint, 0644);
 MODULE_PARM_DESC(timeout_ms, "Milliseconds a request may take before the device is declared broken (5000)");
 
-unsigned int vhmm_poll_us = 200;
+unsigned int vhmm_poll_us = 1000;
 module_param_named(poll_us, vhmm_poll_us, uint, 0644);
 MODULE_PARM_DESC(poll_us, "Microseconds to poll for a completion before sleeping (200)");
 

@@ -124,7 +124,7 @@ static void vhmm_alloc_small(struct vhmm_batch *b, unsigned long nr, u8 *outcome
 static void vhmm_alloc_and_submit(struct vhmm_batch *b, unsigned long nr,
 				  u8 *outcome)
 {
-	unsigned long i;
+	unsigned long i, run;
 
 	if (!vhmm_alloc_large(b, outcome))
 		vhmm_alloc_small(b, nr, outcome);
@@ -134,14 +134,17 @@ static void vhmm_alloc_and_submit(struct vhmm_batch *b, unsigned long nr,
 
 	vhmm_request_start(b->copy, VIRTIO_HMM_OP_TO_DEVICE);
 	vhmm_request_start(b->fill, VIRTIO_HMM_OP_FILL);
-	for (i = 0; i < nr; i++) {
+	/* A large folio comes from one, from a hole, or from bounce pages. */
+	run = vhmm_is_large(b->dst) && !b->from_peer ? nr : 1;
+	for (i = 0; i < nr; i += run) {
 		struct page *spage = b->from_peer ? b->bounce[i] :
 						    vhmm_entry_page(b->src, i);
 		struct page *dpage = vhmm_entry_page(b->dst, i);
 
 		if (dpage)
-			vhmm_request_add(spage ? b->copy : b->fill,
-					 vhmm_page_frame(b->dev, dpage), spage, i);
+			vhmm_request_add_range(spage ? b->copy : b->fill,
+					       vhmm_page_frame(b->dev, dpage),
+					       spage, run, i);
 	}
 	if (b->copy->nr_frames)
 		vhmm_request_submit(b->copy);
@@ -159,6 +162,8 @@ static void vhmm_wait_and_check(struct vhmm_batch *b, struct vhmm_request *r,
 	if (!r->nr_frames)
 		return;
 	ret = vhmm_request_wait(r);
+	if (vhmm_request_ok(r))
+		return;
 	for (i = 0; i < r->nr_frames; i++) {
 		if (!ret && vhmm_request_frame_ok(r, i))
 			continue;

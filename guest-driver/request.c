@@ -104,36 +104,40 @@ static void vhmm_request_add_extent(struct vhmm_request *r, u64 frame, u32 count
 	r->req->nr_extents = cpu_to_le32(nr + 1);
 }
 
-static void vhmm_request_add_page(struct vhmm_request *r, struct page *page)
+static void vhmm_request_add_pages(struct vhmm_request *r, struct page *page,
+				   unsigned int nr)
 {
 	if (r->nr_pages_sg) {
 		struct scatterlist *last = &r->pages_sg[r->nr_pages_sg - 1];
 
 		if (page_to_pfn(sg_page(last)) + PHYS_PFN(last->length) ==
 		    page_to_pfn(page)) {
-			last->length += PAGE_SIZE;
+			last->length += nr * PAGE_SIZE;
 			return;
 		}
 	}
 	sg_init_table(&r->pages_sg[r->nr_pages_sg], 1);
 	sg_unmark_end(&r->pages_sg[r->nr_pages_sg]);
-	sg_set_page(&r->pages_sg[r->nr_pages_sg++], page, PAGE_SIZE, 0);
+	sg_set_page(&r->pages_sg[r->nr_pages_sg++], page, nr * PAGE_SIZE, 0);
 }
 
 /**
- * vhmm_request_add() - add a frame to a request
+ * vhmm_request_add_range() - add frames to a request
  * @r: the request, with room
- * @frame: the device frame
- * @page: the page of RAM it is copied to or from; NULL for a fill
- * @slot: a number for the caller, kept in @r->slots
+ * @frame: the first device frame
+ * @page: the first page of RAM they are copied to or from; NULL for a fill
+ * @nr: how many frames, and pages, that follow one another
+ * @slot: a number for the caller, kept in @r->slots; counts up with the frames
  */
-void vhmm_request_add(struct vhmm_request *r, u64 frame, struct page *page,
-		      unsigned int slot)
+void vhmm_request_add_range(struct vhmm_request *r, u64 frame,
+			    struct page *page, unsigned int nr,
+			    unsigned int slot)
 {
-	vhmm_request_add_extent(r, frame, 1);
+	vhmm_request_add_extent(r, frame, nr);
 	if (page)
-		vhmm_request_add_page(r, page);
-	r->slots[r->nr_frames++] = slot;
+		vhmm_request_add_pages(r, page, nr);
+	while (nr--)
+		r->slots[r->nr_frames++] = slot++;
 }
 
 static void vhmm_request_send(struct vhmm_request *r, struct vhmm_queue *q)
@@ -243,15 +247,26 @@ int vhmm_request_wait(struct vhmm_request *r)
 }
 
 /**
+ * vhmm_request_ok() - tell whether all frames were copied or filled
+ * @r: a request that was waited for
+ *
+ * Return: true if they were.
+ */
+bool vhmm_request_ok(const struct vhmm_request *r)
+{
+	return !r->error && r->resp->status == cpu_to_le32(VIRTIO_HMM_S_OK);
+}
+
+/**
  * vhmm_request_frame_ok() - tell whether a frame was copied or filled
  * @r: a request whose vhmm_request_wait() returned 0
- * @i: the frame, counted in the order of vhmm_request_add()
+ * @i: the frame, counted in the order in which they were added
  *
  * Return: true if it was.
  */
 bool vhmm_request_frame_ok(const struct vhmm_request *r, unsigned int i)
 {
-	return r->resp->status == cpu_to_le32(VIRTIO_HMM_S_OK) ||
+	return vhmm_request_ok(r) ||
 	       vhmm_request_body(r)[i] == VIRTIO_HMM_FRAME_OK;
 }
 

@@ -32,7 +32,7 @@ struct vhmm_queue;
  * @out_sg: @req and its extents
  * @resp_sg: @resp and what follows it
  * @pages_sg: the guest pages; physically contiguous ones share an entry
- * @slots: for each frame, what the caller passed to vhmm_request_add()
+ * @slots: for each frame, what the caller passed when it was added
  * @resp: response head; status bytes or a body follow it
  * @req: request head; its extents follow it
  *
@@ -65,11 +65,20 @@ struct vhmm_request *vhmm_request_alloc(struct vhmm_device *dev,
 					size_t body, gfp_t gfp);
 void vhmm_request_free(struct vhmm_request *r);
 void vhmm_request_start(struct vhmm_request *r, u32 op);
-void vhmm_request_add(struct vhmm_request *r, u64 frame, struct page *page,
-		      unsigned int slot);
+void vhmm_request_add_range(struct vhmm_request *r, u64 frame,
+			    struct page *page, unsigned int nr,
+			    unsigned int slot);
 void vhmm_request_submit(struct vhmm_request *r);
 int vhmm_request_wait(struct vhmm_request *r);
+bool vhmm_request_ok(const struct vhmm_request *r);
 bool vhmm_request_frame_ok(const struct vhmm_request *r, unsigned int i);
+
+/* Add one frame. */
+static inline void vhmm_request_add(struct vhmm_request *r, u64 frame,
+				    struct page *page, unsigned int slot)
+{
+	vhmm_request_add_range(r, frame, page, 1, slot);
+}
 
 int vhmm_control_counters(struct vhmm_device *dev,
 			  struct virtio_hmm_counters *counters);
