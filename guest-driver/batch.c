@@ -15,32 +15,33 @@
  * vhmm_batch_alloc() - allocate the working memory of a migration
  * @dev: the device
  * @trigger: why; only on the way to the device are there holes to fill
+ * @max: most pages at a time, 1 to VHMM_BATCH_PAGES
  *
  * Return: the batch, or NULL.
  */
 struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
-				    enum vhmm_trigger trigger)
+				    enum vhmm_trigger trigger, unsigned int max)
 {
 	const bool to_device = trigger == VHMM_IOCTL_TO_DEVICE;
-	const unsigned int max = VHMM_BATCH_PAGES;
 	struct vhmm_batch *b;
 	unsigned long *words;
 
-	b = kzalloc_obj(*b);
+	b = kvmalloc(sizeof(*b) + max * (4 * sizeof(*words) + sizeof(*b->outcome)),
+		     GFP_KERNEL);
 	if (!b)
 		return NULL;
+	memset(b, 0, sizeof(*b));
 	b->dev = dev;
 	b->trigger = trigger;
-	words = kvmalloc_array(max, 4 * sizeof(*words) + sizeof(*b->outcome),
-			       GFP_KERNEL);
-	b->src = words;
+	words = (unsigned long *)(b + 1);
 	b->copy = vhmm_request_alloc(dev, max, max, GFP_KERNEL);
 	if (to_device)
 		b->fill = vhmm_request_alloc(dev, max, max, GFP_KERNEL);
-	if (!words || !b->copy || (to_device && !b->fill)) {
+	if (!b->copy || (to_device && !b->fill)) {
 		vhmm_batch_free(b);
 		return NULL;
 	}
+	b->src = words;
 	b->dst = words + max;
 	b->src_seen = words + 2 * max;
 	b->pages = (struct page **)(words + 3 * max);
@@ -55,8 +56,7 @@ void vhmm_batch_free(struct vhmm_batch *b)
 	kvfree(b->bounce);
 	vhmm_request_free(b->fill);
 	vhmm_request_free(b->copy);
-	kvfree(b->src);
-	kfree(b);
+	kvfree(b);
 }
 
 /**

@@ -33,7 +33,7 @@ enum vhmm_outcome {
 #define VHMM_SKIP(reason)	(VHMM_SKIPPED + VIRTIO_HMM_SKIP_##reason)
 
 /**
- * struct vhmm_batch - working memory of a migration of VHMM_BATCH_PAGES
+ * struct vhmm_batch - working memory of a migration of up to VHMM_BATCH_PAGES
  * @dev: the device
  * @src: as migrate_vma_setup() filled it; ours to read only
  * @dst: the destinations
@@ -117,7 +117,7 @@ static inline unsigned long vhmm_ram_destination(struct folio *folio)
 }
 
 struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
-				    enum vhmm_trigger trigger);
+				    enum vhmm_trigger trigger, unsigned int max);
 void vhmm_batch_free(struct vhmm_batch *b);
 
 void vhmm_drop_destination(unsigned long *dst, unsigned long i);

@@ -81,6 +81,23 @@ struct vhmm_memory {
 	struct work_struct release_work;
 };
 
+#define VHMM_STREAM_BITS	6
+
+/**
+ * struct vhmm_stream - CPU faults that go up in memory
+ * @mm: the address space; only ever compared
+ * @next: where the next fault is expected, if they go on
+ * @pages: how many pages the last one brought home
+ *
+ * A guess, by which the pages to come are brought home in time. Read and
+ * written without a lock: threads that share one cost each other their guesses.
+ */
+struct vhmm_stream {
+	const struct mm_struct *mm;
+	unsigned long next;
+	unsigned long pages;
+};
+
 /**
  * struct vhmm_device - one virtio-hmm device
  * @ref: held by the bound driver, by each open file, and by orphaned memory
@@ -107,6 +124,7 @@ struct vhmm_memory {
  * @nr_copy: number of @copy in use, constant
  * @generation: of the memory's contents, from the configuration space
  * @uuid: of the memory, from the configuration space
+ * @streams: of the tasks that fault, by hash
  * @next_cookie: the cookie of the next request
  * @counters: see counters.h
  * @debugfs: the directory of this device
@@ -136,6 +154,7 @@ struct vhmm_device {
 	unsigned int nr_copy;
 	u64 generation;
 	u8 uuid[16];
+	struct vhmm_stream streams[1 << VHMM_STREAM_BITS];
 	atomic64_t next_cookie;
 
 	struct vhmm_counters __percpu *counters;
@@ -145,6 +164,7 @@ struct vhmm_device {
 extern unsigned int vhmm_timeout_ms;
 extern unsigned int vhmm_poll_us;
 extern unsigned int vhmm_retries;
+extern unsigned int vhmm_fault_around;
 extern bool vhmm_large_folios;
 
 /* main.c */

@@ -243,7 +243,7 @@ void vhmm_make_room(struct vhmm_batch *b, struct mm_struct *mm)
 	if (vhmm_allocation_reserve(a, nr))
 		return;
 	if (!b->evict)
-		b->evict = vhmm_batch_alloc(b->dev, VHMM_EVICTION);
+		b->evict = vhmm_batch_alloc(b->dev, VHMM_EVICTION, VHMM_BATCH_PAGES);
 	if (!b->evict)
 		return;
 	if (mmap_read_lock_killable(mm))
@@ -270,7 +270,7 @@ int vhmm_release_all(struct vhmm_context *ctx, struct virtio_hmm_release *arg)
 	unsigned long moved;
 	int ret = 0;
 
-	b = vhmm_batch_alloc(ctx->dev, VHMM_RELEASE);
+	b = vhmm_batch_alloc(ctx->dev, VHMM_RELEASE, VHMM_BATCH_PAGES);
 	if (!b)
 		return -ENOMEM;
 	for (;;) {

@@ -3,6 +3,7 @@
  * A CPU touched a page that is in device memory: bring it home.
  */
 #include <linux/gfp.h>
+#include <linux/hash.h>
 #include <linux/ktime.h>
 #include <linux/migrate.h>
 #include <linux/mm.h>
@@ -17,57 +18,67 @@
 #define VHMM_FAULT_COPIES	3
 
 /*
- * Give pages of RAM to what is to come home and has none yet: one large folio
- * for a large folio, else small ones.
+ * The page that was touched is worth reclaim and compaction. A large folio
+ * cannot be split here: the fault holds a reference of its own on it.
  */
-static bool vhmm_fault_alloc(struct migrate_vma *args)
+static gfp_t vhmm_fault_gfp(bool large, bool touched)
+{
+	if (large)
+		return GFP_TRANSHUGE;
+	return GFP_HIGHUSER_MOVABLE |
+	       (touched ? 0 : __GFP_NORETRY | __GFP_NOWARN);
+}
+
+/*
+ * Give page @i a page of RAM to come home to. With it come those around it;
+ * the sources can be of other devices as well, or holes.
+ */
+static bool vhmm_fault_alloc(struct vhmm_device *dev, struct migrate_vma *args,
+			     unsigned long i, bool touched)
 {
 	bool large = vhmm_is_large(args->src);
-	unsigned long i, nr = large ? 1 : args->npages;
+	unsigned long src = args->src[i];
+	struct folio *folio;
 
-	for (i = 0; i < nr; i++) {
-		struct folio *folio;
-
-		if (args->dst[i] || !(args->src[i] & MIGRATE_PFN_VALID) ||
-		    !(args->src[i] & MIGRATE_PFN_MIGRATE))
-			continue;
-		/*
-		 * A large folio that is faulted on cannot be split here: the
-		 * fault holds a reference of its own on it. So its
-		 * destination is worth reclaim and compaction.
-		 */
-		folio = vma_alloc_folio(large ? GFP_TRANSHUGE : GFP_HIGHUSER_MOVABLE,
-					large ? HPAGE_PMD_ORDER : 0, args->vma,
-					args->start + i * PAGE_SIZE);
-		if (!folio)
-			return false;
-		args->dst[i] = vhmm_ram_destination(folio);
-	}
+	if (!(src & MIGRATE_PFN_VALID) || !(src & MIGRATE_PFN_MIGRATE) ||
+	    !vhmm_pfn_is_ours(dev, page_to_pfn(migrate_pfn_to_page(src))))
+		return true;
+	folio = vma_alloc_folio(vhmm_fault_gfp(large, touched),
+				large ? HPAGE_PMD_ORDER : 0, args->vma,
+				args->start + i * PAGE_SIZE);
+	if (!folio)
+		return false;
+	args->dst[i] = vhmm_ram_destination(folio);
 	return true;
 }
 
+/* The page that was touched is the first; or all of a large folio was. */
 static vm_fault_t vhmm_fault_copy(struct vhmm_device *dev,
 				  struct migrate_vma *args,
-				  struct vhmm_request *r, unsigned long address)
+				  struct vhmm_request *r)
 {
-	unsigned long i = (address - args->start) >> PAGE_SHIFT;
+	unsigned long i, nr = vhmm_is_large(args->src) ? 1 : args->npages;
 	unsigned int copies = 0;
-	bool memory;
 
 	do {
-		memory = vhmm_fault_alloc(args);
+		/* Without memory the kernel may free some and try again. */
+		if (!vhmm_fault_alloc(dev, args, 0, true))
+			return VM_FAULT_OOM;
+		/* Only at first: a page that has failed is asked for alone. */
+		for (i = 1; !copies && i < nr; i++) {
+			if (!vhmm_fault_alloc(dev, args, i, false))
+				break;
+		}
 		vhmm_copy_to_ram(dev, r, args->src, args->dst, args->npages);
-		if (vhmm_entry(args->dst, i))
+		if (args->dst[0])
 			return 0;
+		for (i = 1; i < nr; i++)
+			vhmm_drop_destination(args->dst, i);
 		vhmm_settle(r, args->src, args->dst);
-	} while (memory && !vhmm_device_is_broken(dev) &&
-		 ++copies < VHMM_FAULT_COPIES);
+	} while (!vhmm_device_is_broken(dev) && ++copies < VHMM_FAULT_COPIES);
 
-	/*
-	 * Without memory the kernel may free some and try again. Only when the
-	 * device has lost the contents is there nothing left to wait for.
-	 */
-	return memory ? VM_FAULT_SIGBUS : VM_FAULT_OOM;
+	/* The device has lost the contents: there is nothing to wait for. */
+	return VM_FAULT_SIGBUS;
 }
 
 static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
@@ -76,7 +87,6 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 				   unsigned long *seen,
 				   struct vhmm_request *r)
 {
-	unsigned long i = (vmf->address - args->start) >> PAGE_SHIFT;
 	struct vhmm_migration m;
 	unsigned long moved;
 	vm_fault_t ret = 0;
@@ -102,8 +112,8 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 	 * Or else somebody is moving the page, or has moved it: return to the
 	 * CPU, which finds it at home or faults again.
 	 */
-	if (vhmm_entry(args->src, i) & MIGRATE_PFN_VALID)
-		ret = vhmm_fault_copy(dev, args, r, vmf->address);
+	if (args->src[0] & MIGRATE_PFN_VALID)
+		ret = vhmm_fault_copy(dev, args, r);
 	vhmm_check_src(dev, args->src, seen, args->npages);
 	vhmm_migration_lap(&m, VHMM_COPY);
 
@@ -120,44 +130,61 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 	return ret;
 }
 
-static vm_fault_t vhmm_fault_small(struct vhmm_device *dev, struct vm_fault *vmf)
+/*
+ * How many pages to bring home from the touched one on, which is the first.
+ * Twice as many as the last time as long as a task goes up in memory: then the
+ * next ones are most likely touched soon.
+ */
+static unsigned long vhmm_fault_window(const struct vhmm_stream *stream,
+				       const struct vm_fault *vmf)
 {
-	unsigned long src = 0, dst = 0, seen;
-	struct migrate_vma args = {
-		.src = &src,
-		.dst = &dst,
-		.start = vmf->address & PAGE_MASK,
-		.end = (vmf->address & PAGE_MASK) + PAGE_SIZE,
-	};
-	struct vhmm_request *r;
-	vm_fault_t ret;
+	unsigned long most = clamp(READ_ONCE(vhmm_fault_around), 1UL,
+				   VHMM_BATCH_PAGES);
+	unsigned long start = vmf->address & PAGE_MASK;
+	unsigned long end = min(ALIGN(start + 1, HPAGE_PMD_SIZE),
+				vmf->vma->vm_end);
+	unsigned long pages = READ_ONCE(stream->pages);
 
-	r = vhmm_request_alloc(dev, 1, 1, GFP_KERNEL);
-	if (!r)
-		return VM_FAULT_OOM;
-	ret = vhmm_fault_range(dev, vmf, &args, &seen, r);
-	vhmm_request_free(r);
-	return ret;
+	if (READ_ONCE(stream->mm) != vmf->vma->vm_mm ||
+	    start - READ_ONCE(stream->next) >= pages << PAGE_SHIFT)
+		return 1;
+	return min3(2 * pages, most, (end - start) >> PAGE_SHIFT);
 }
 
-/* The PMD maps a large folio of ours: all of it comes home. */
-static vm_fault_t vhmm_fault_large(struct vhmm_device *dev, struct vm_fault *vmf)
+static void vhmm_fault_note(struct vhmm_stream *stream,
+			    const struct mm_struct *mm, unsigned long start,
+			    unsigned long pages)
 {
+	WRITE_ONCE(stream->mm, mm);
+	WRITE_ONCE(stream->next, start + (pages << PAGE_SHIFT));
+	WRITE_ONCE(stream->pages, pages);
+}
+
+static vm_fault_t vhmm_fault(struct vhmm_device *dev, struct vm_fault *vmf)
+{
+	struct vhmm_stream *stream =
+		&dev->streams[hash_ptr(current, VHMM_STREAM_BITS)];
+	/* A PMD maps a large folio of ours: all of it comes home. */
+	bool large = !vmf->pte;
+	unsigned long nr = large ? HPAGE_PMD_NR : vhmm_fault_window(stream, vmf);
+	unsigned long start = vmf->address & (large ? HPAGE_PMD_MASK : PAGE_MASK);
 	struct migrate_vma args = {
-		.start = vmf->address & HPAGE_PMD_MASK,
-		.end = (vmf->address & HPAGE_PMD_MASK) + HPAGE_PMD_SIZE,
-		.flags = MIGRATE_VMA_SELECT_COMPOUND,
+		.start = start,
+		.end = start + (nr << PAGE_SHIFT),
+		.flags = large ? MIGRATE_VMA_SELECT_COMPOUND : 0,
 	};
 	struct vhmm_batch *b;
 	vm_fault_t ret;
 
-	b = vhmm_batch_alloc(dev, VHMM_CPU_FAULT);
+	b = vhmm_batch_alloc(dev, VHMM_CPU_FAULT, nr);
 	if (!b)
 		return VM_FAULT_OOM;
 	args.src = b->src;
 	args.dst = b->dst;
 	ret = vhmm_fault_range(dev, vmf, &args, b->src_seen, b->copy);
 	vhmm_batch_free(b);
+	if (!large)
+		vhmm_fault_note(stream, vmf->vma->vm_mm, start, nr);
 	return ret;
 }
 
@@ -181,10 +208,8 @@ vm_fault_t vhmm_migrate_to_ram(struct vm_fault *vmf)
 
 	if (vhmm_device_is_broken(dev))
 		ret = VM_FAULT_SIGBUS;
-	else if (vmf->pte)
-		ret = vhmm_fault_small(dev, vmf);
 	else
-		ret = vhmm_fault_large(dev, vmf);
+		ret = vhmm_fault(dev, vmf);
 
 	ns = ktime_to_ns(ktime_sub(ktime_get(), begin));
 	vhmm_count_fault(dev, ns);

@@ -24,11 +24,15 @@ MODULE_PARM_DESC(timeout_ms, "Milliseconds a request may take before the device 
 
 unsigned int vhmm_poll_us = 1000;
 module_param_named(poll_us, vhmm_poll_us, uint, 0644);
-MODULE_PARM_DESC(poll_us, "Microseconds to poll for a completion before sleeping (200)");
+MODULE_PARM_DESC(poll_us, "Microseconds to poll for a completion before sleeping (1000)");
 
 unsigned int vhmm_retries = 4;
 module_param_named(retries, vhmm_retries, uint, 0644);
 MODULE_PARM_DESC(retries, "How often to try pages again that only raced (4)");
+
+unsigned int vhmm_fault_around = 16;
+module_param_named(fault_around, vhmm_fault_around, uint, 0644);
+MODULE_PARM_DESC(fault_around, "Most pages that come home at a CPU fault of a run of them, 1 for none but the touched one (16)");
 
 /* Where the kernel has large folios of device memory. */
 bool vhmm_large_folios = MIGRATE_PFN_COMPOUND;
@@ -206,7 +210,8 @@ static int vhmm_probe(struct virtio_device *vdev)
 	ret = vhmm_read_config(dev, &memory_size);
 	if (ret)
 		goto err_put;
-	dev->evacuation = vhmm_batch_alloc(dev, VHMM_EVACUATION);
+	dev->evacuation = vhmm_batch_alloc(dev, VHMM_EVACUATION,
+					   VHMM_BATCH_PAGES);
 	if (!dev->evacuation) {
 		ret = -ENOMEM;
 		goto err_put;

@@ -593,7 +593,8 @@ int vhmm_migrate_range(struct vhmm_context *ctx, struct virtio_hmm_migrate *arg,
 	struct vhmm_batch *b;
 	int ret = 0;
 
-	b = vhmm_batch_alloc(dev, trigger);
+	b = vhmm_batch_alloc(dev, trigger, min(arg->length >> PAGE_SHIFT,
+					       VHMM_BATCH_PAGES));
 	if (!b)
 		return -ENOMEM;
 

@@ -47,6 +47,15 @@ impl Counters {
         Self::read(&directory.join("device_counters"))
     }
 
+    /// How many CPU faults took how long: the names are bounds in nanoseconds, which
+    /// that many were shorter than, and no shorter than the bound before.
+    ///
+    /// # Errors
+    /// As for [`Counters::of_driver`].
+    pub fn of_fault_latency(directory: &Path) -> Result<Self, CountersError> {
+        Self::read(&directory.join("fault_latency"))
+    }
+
     fn read(path: &Path) -> Result<Self, CountersError> {
         let text = fs::read_to_string(path).map_err(|source| CountersError::Read {
             path: path.to_owned(),

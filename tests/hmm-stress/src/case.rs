@@ -9,7 +9,7 @@ use virtio_hmm_client::counters::Counters;
 use crate::context::Context;
 use crate::failure::Failure;
 use crate::kernel_log::KernelLog;
-use crate::report::{Case, Verdict};
+use crate::report::{Case, Latency, Verdict};
 use crate::require;
 use crate::shared::counts;
 use crate::watchdog::Watchdog;
@@ -33,6 +33,7 @@ const COUNTED: &[&str] = &["requests", "frames", "bytes"];
 pub struct Snapshot {
     driver: Counters,
     device: Counters,
+    faults: Counters,
 }
 
 impl Snapshot {
@@ -44,6 +45,7 @@ impl Snapshot {
         Ok(Self {
             driver: context.driver_counters()?,
             device: context.device_counters()?,
+            faults: context.fault_latency()?,
         })
     }
 
@@ -53,6 +55,17 @@ impl Snapshot {
         (
             self.driver.since(&earlier.driver),
             self.device.since(&earlier.device),
+        )
+    }
+
+    /// The times of the CPU faults since `earlier`.
+    #[must_use]
+    pub fn faults_since(&self, earlier: &Self) -> Latency {
+        let buckets = self.faults.since(&earlier.faults);
+        Latency::of_buckets(
+            buckets.iter().filter_map(|(bound, count)| {
+                Some((bound.parse().ok()?, u64::try_from(*count).ok()?))
+            }),
         )
     }
 }

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hdrhistogram::Histogram;
 use virtio_hmm_client::counters::Counters;
 use virtio_hmm_client::{
     Device, Direction, MigrateError, Outcome, PAGE_SIZE, Residency, Skip, WhenFull,
@@ -17,7 +16,7 @@ use virtio_hmm_client::{
 use crate::failure::Failure;
 use crate::pattern::{Mismatch, mix};
 use crate::region::{PageSize, Region};
-use crate::report::{Latency, Transfer};
+use crate::report::Transfer;
 use crate::require;
 use crate::shared::counts;
 
@@ -27,50 +26,16 @@ const FREE_DEADLINE: Duration = Duration::from_secs(10);
 /// How often a migration is asked for again while pages are busy.
 const SETTLE_ATTEMPTS: u32 = 50;
 
-/// Nanoseconds of the longest CPU fault that is told from longer ones.
-const LONGEST_FAULT: u64 = 60_000_000_000;
-
 /// Pages that [`Context::soil`] writes at a time.
 const SOIL_PIECE: usize = 4096;
 
 /// Figures collected over a run.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Measurements {
-    faults: Histogram<u64>,
     /// Bulk migration to the device.
     pub to_device: Transfer,
     /// Bulk migration to RAM.
     pub to_system: Transfer,
-}
-
-impl Default for Measurements {
-    fn default() -> Self {
-        Self {
-            // Both are in the range that the histogram accepts.
-            faults: Histogram::new_with_max(LONGEST_FAULT, 3).unwrap_or_else(|_| unreachable!()),
-            to_device: Transfer::default(),
-            to_system: Transfer::default(),
-        }
-    }
-}
-
-impl Measurements {
-    /// Add the time of one CPU fault.
-    pub fn fault(&mut self, time: Duration) {
-        self.faults
-            .saturating_record(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
-    }
-
-    /// Times of all CPU faults.
-    #[must_use]
-    pub fn latency(&self) -> Latency {
-        Latency {
-            count: self.faults.len(),
-            p50: self.faults.value_at_quantile(0.5),
-            p99: self.faults.value_at_quantile(0.99),
-            max: self.faults.max(),
-        }
-    }
 }
 
 /// What a scenario or test is given.
@@ -352,6 +317,14 @@ impl Context {
         Ok(Counters::of_device(&debugfs_directory(&self.path))?)
     }
 
+    /// How many CPU faults took how long.
+    ///
+    /// # Errors
+    /// debugfs cannot be read.
+    pub fn fault_latency(&self) -> Result<Counters, Failure> {
+        Ok(Counters::of_fault_latency(&debugfs_directory(&self.path))?)
+    }
+
     /// Write a pattern to `pages` frames of device memory and free them, so that a
     /// frame given out without being cleared does not happen to be zero.
     ///
@@ -387,23 +360,4 @@ fn adds_up(outcome: &Outcome) -> Result<(), Failure> {
         "an outcome does not add up: {outcome:?}"
     );
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn latencies_keep_three_digits() {
-        let mut measurements = Measurements::default();
-        for us in 1..=1000 {
-            measurements.fault(Duration::from_micros(us));
-        }
-        measurements.fault(Duration::from_secs(3600));
-        let latency = measurements.latency();
-        assert_eq!(latency.count, 1001);
-        assert!((500_000..502_000).contains(&latency.p50), "{latency:?}");
-        assert!((990_000..993_000).contains(&latency.p99), "{latency:?}");
-        assert!(latency.max >= LONGEST_FAULT, "{latency:?}");
-    }
 }

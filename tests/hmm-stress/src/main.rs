@@ -361,7 +361,8 @@ impl Run {
     }
 
     fn finish(self) -> Result<bool, Failure> {
-        let (driver, device) = Snapshot::take(&self.context)?.since(&self.before);
+        let after = Snapshot::take(&self.context)?;
+        let (driver, device) = after.since(&self.before);
         let count = |verdict| {
             let cases = self.cases.iter().filter(|case| case.result == verdict);
             cases.count() as u64
@@ -374,7 +375,7 @@ impl Run {
             failed: count(Verdict::Fail),
             skipped: count(Verdict::Skip),
             mismatches: self.cases.iter().map(|case| case.mismatches).sum(),
-            fault_latency_ns: measurements.latency(),
+            fault_latency_ns: after.faults_since(&self.before),
             to_device: measurements.to_device,
             to_system: measurements.to_system,
             driver,

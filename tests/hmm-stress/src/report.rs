@@ -62,7 +62,8 @@ pub struct Case {
     pub operations: u64,
 }
 
-/// Times of CPU faults on device pages, in nanoseconds.
+/// Times of CPU faults on device pages, in nanoseconds, as the driver counts them: from
+/// when the kernel asks it for the page until it has it, at most an eighth too much.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Latency {
     /// Faults measured.
@@ -73,6 +74,28 @@ pub struct Latency {
     pub p99: u64,
     /// Longest.
     pub max: u64,
+}
+
+impl Latency {
+    /// The times of which so many each were less than a bound.
+    pub fn of_buckets(buckets: impl IntoIterator<Item = (u64, u64)>) -> Self {
+        let buckets: BTreeMap<u64, u64> = buckets.into_iter().filter(|(_, n)| *n > 0).collect();
+        let count: u64 = buckets.values().sum();
+        let quantile = |percent: u64| {
+            let mut left = (count * percent).div_ceil(100);
+            buckets.iter().find_map(|(bound, number)| {
+                let found = *number >= left;
+                left = left.saturating_sub(*number);
+                found.then_some(*bound)
+            })
+        };
+        Self {
+            count,
+            p50: quantile(50).unwrap_or(0),
+            p99: quantile(99).unwrap_or(0),
+            max: buckets.last_key_value().map_or(0, |(bound, _)| *bound),
+        }
+    }
 }
 
 /// What was moved in one direction, measured around the calls that moved it.
@@ -159,5 +182,13 @@ mod tests {
             let line: Line = serde_json::from_str(text).unwrap();
             assert_eq!(serde_json::to_string(&line).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn quantiles_are_bounds_of_buckets() {
+        let latency = Latency::of_buckets([(30, 1), (10, 98), (20, 1), (40, 0)]);
+        let found = (latency.count, latency.p50, latency.p99, latency.max);
+        assert_eq!(found, (100, 10, 20, 30));
+        assert_eq!(Latency::of_buckets([]).max, 0);
     }
 }

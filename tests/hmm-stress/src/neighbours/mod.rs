@@ -11,6 +11,7 @@ mod core_dump;
 mod counted;
 mod cpu_hotplug;
 mod exec;
+mod fault_around;
 mod fork;
 mod futex;
 mod guard_pages;
@@ -52,6 +53,14 @@ pub const ALL: &[Test] = tests! {
         "KSM neither reads nor merges device pages";
     ksm::zero: "ksm_zero_pages_stay",
         "so do pages that KSM made the zero page";
+    fault_around::grows: "fault_around_grows",
+        "whoever goes up in memory gets twice as many pages at each fault";
+    fault_around::one_by_one: "fault_around_off",
+        "who does not go up, or switched it off, gets the page that he touches";
+    fault_around::holes: "fault_around_leaves_holes",
+        "holes stay holes, and what is in RAM stays there";
+    fault_around::mapping_ends: "fault_around_ends_with_the_mapping",
+        "pages of the next mapping stay on the device";
     swap::pressure: "swap_under_memory_pressure",
         "pages in RAM are swapped out, device pages stay, and come home under pressure";
     memcg::charge: "memcg_charge_follows_pages",

@@ -13,6 +13,7 @@ use io_uring::{IoUring, opcode, types};
 use virtio_hmm_client::{Direction, PAGE_SIZE, Residency, Skip};
 
 use super::counted::counted;
+use super::fault_around;
 use super::meanwhile::meanwhile;
 use crate::context::Context;
 use crate::failure::Failure;
@@ -87,6 +88,7 @@ pub(super) fn registered_buffers(context: &Context) -> Result<(), Failure> {
 
 /// Pages in a pipe: referred to and not pinned.
 pub(super) fn pipes(context: &Context) -> Result<(), Failure> {
+    let _tunable = fault_around::off()?;
     let region = context.region(PAGES, 0)?;
     region.fill_all(1);
     context.settle(region.all(), Direction::ToDevice, 0)?;

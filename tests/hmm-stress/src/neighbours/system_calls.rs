@@ -14,6 +14,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use virtio_hmm_client::{Direction, PAGE_SIZE, Residency};
 
 use super::counted::counted;
+use super::fault_around;
 use super::meanwhile::meanwhile;
 use super::refused::memory_file;
 use crate::context::Context;
@@ -264,6 +265,7 @@ fn race(
 
 /// Arguments that are no buffers: a path, a structure to fill, an array in both directions.
 pub(super) fn arguments(context: &Context) -> Result<(), Failure> {
+    let _tunable = fault_around::off()?;
     let region = context.region(3, 0)?;
     let page = |page: usize| region.range(page..page).start;
     // The end of the path is in the next page.

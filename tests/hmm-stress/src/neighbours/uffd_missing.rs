@@ -3,6 +3,7 @@
 use virtio_hmm_client::{Direction, PAGE_SIZE, Residency};
 
 use super::counted::counted;
+use super::fault_around;
 use super::userfaultfd::{Fault, MOVE, Mode, Userfaultfd, expect_faults};
 use crate::context::Context;
 use crate::failure::Failure;
@@ -24,6 +25,7 @@ fn answer(uffd: &Userfaultfd, region: &Region, fault: Fault) -> Result<(), Failu
 
 /// migrate_vma_insert_page() backs off from a hole that is watched.
 pub(super) fn holes(context: &Context) -> Result<(), Failure> {
+    let _tunable = fault_around::off()?;
     let uffd = Userfaultfd::new(0)?;
     let region = context.region(PAGES, 0)?;
     (0..HALF).for_each(|page| region.fill(page, 1));
