@@ -4,7 +4,7 @@ use std::{
     fs, io,
     net::{SocketAddr, TcpListener},
     os::{
-        fd::{FromRawFd, RawFd},
+        fd::{AsRawFd, FromRawFd, RawFd},
         unix::{
             fs::FileTypeExt,
             net::{UnixDatagram, UnixListener},
@@ -15,9 +15,15 @@ use std::{
 
 use nix::{
     errno::Errno,
-    sys::socket::{getsockopt, sockopt::AcceptConn},
+    sys::{
+        socket::{
+            self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr, getsockopt,
+            sockopt::AcceptConn,
+        },
+        stat::{Mode, fchmod},
+    },
 };
-use tracing::debug;
+use tracing::warn;
 
 /// Why there is no socket to listen on.
 #[derive(Debug, thiserror::Error)]
@@ -49,15 +55,23 @@ pub enum Error {
 #[derive(Debug)]
 pub struct SocketFile(PathBuf);
 
+impl SocketFile {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if let Err(e) = fs::remove_file(&self.0) {
-            debug!("cannot remove {}: {e}", self.0.display());
+            warn!("cannot remove {}: {e}", self.0.display());
         }
     }
 }
 
-/// Listens on `path`. A socket that nobody listens on any more is replaced.
+/// Listens on `path`, which only this user can connect to. A socket that nobody
+/// listens on any more is replaced.
 ///
 /// # Errors
 /// If another process listens there, or the path cannot be used.
@@ -72,7 +86,7 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), Error> {
         Ok(_) if is_bound(path).map_err(bind)? => return Err(Error::InUse(path.into())),
         Ok(_) => fs::remove_file(path).map_err(bind)?,
     }
-    let listener = UnixListener::bind(path).map_err(bind)?;
+    let listener = listen_privately(path).map_err(|e| bind(e.into()))?;
     Ok((listener, SocketFile(path.into())))
 }
 
@@ -85,6 +99,17 @@ pub fn listen_tcp(address: SocketAddr) -> Result<TcpListener, Error> {
         return Err(Error::NotLoopback(address));
     }
     TcpListener::bind(address).map_err(|source| Error::Address(address, source))
+}
+
+/// The file has the mode that the socket has when it is bound, less the umask, so
+/// that there is no moment at which others can connect.
+fn listen_privately(path: &Path) -> nix::Result<UnixListener> {
+    let (family, kind) = (AddressFamily::Unix, SockType::Stream);
+    let listener = socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+    fchmod(&listener, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    socket::bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
+    socket::listen(&listener, Backlog::MAXCONN)?;
+    Ok(listener.into())
 }
 
 /// Whether the socket at `path` belongs to a process. To ask with a datagram
