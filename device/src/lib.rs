@@ -6,7 +6,8 @@
 //! has one for each, [`server`] serves one VM after another, and [`control`] is the
 //! control plane, on which the data plane never waits. [`link`] says how long a
 //! copy takes over a modelled link, [`rule`] and [`inject`] what goes wrong on purpose.
-//! [`counters`] and [`hardware`] are what workers count.
+//! [`counters`] and [`hardware`] are what workers count. [`sandbox`] and [`seccomp`]
+//! are what the process gives up once it has started.
 pub mod abi;
 pub mod arrivals;
 pub mod backend;
@@ -23,7 +24,9 @@ pub mod metrics;
 pub mod processor;
 pub mod request;
 pub mod rule;
+pub mod sandbox;
 pub mod scrape;
+pub mod seccomp;
 pub mod server;
 pub mod session;
 pub mod socket;

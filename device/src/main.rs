@@ -8,6 +8,7 @@ use vhost_device_hmm::{
     ErrorChain,
     link::{self, LEAST_BANDWIDTH},
     rule::Rule,
+    seccomp::Mode,
     server::{Config, Endpoint, Error, MAX_COPY_QUEUES, Server},
     units::{parse_size, parse_time},
 };
@@ -82,6 +83,9 @@ struct Args {
     /// Repeat the choices of an earlier run, instead of random ones
     #[arg(long, value_name = "N")]
     inject_seed: Option<u64>,
+    /// What becomes of a system call that the daemon has no use for
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = Mode::Kill)]
+    seccomp: Mode,
     /// Least important messages to log: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: LevelFilter,
@@ -120,6 +124,7 @@ fn serve(args: Args) -> Result<(), Error> {
         inject_seed: args.inject_seed.unwrap_or_else(|| fastrand::u64(..)),
     })?;
     server.handle_signals()?;
+    server.confine(args.seccomp)?;
     server.run()
 }
 

@@ -31,7 +31,8 @@ use crate::{
     link,
     memory::{self, Memory},
     rule::{self, Rule},
-    scrape,
+    sandbox, scrape,
+    seccomp::Mode,
     session::Shared,
     socket::{self, SocketFile},
     stop::Stop,
@@ -91,6 +92,9 @@ pub enum Error {
     /// The control plane failed.
     #[error(transparent)]
     Control(#[from] control::Error),
+    /// The process cannot be confined.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Error),
     /// The number of copy queues is out of range.
     #[error("{0} copy queues, must be 1 to {MAX_COPY_QUEUES}")]
     CopyQueues(u16),
@@ -106,7 +110,9 @@ pub enum Error {
 pub struct Server {
     service: Service,
     control: Control,
-    _files: Vec<SocketFile>,
+    /// Whether the workers have the processor count what they do.
+    counting: bool,
+    files: Vec<SocketFile>,
 }
 
 /// What the thread that serves VMs has.
@@ -150,6 +156,7 @@ impl Server {
             Events::default()
         };
         let (events, uncounted) = events.available();
+        let counting = events.names().next().is_some();
         let shared = Shared::new(config.memory_size, config.copy_queues, events);
         let shared = Arc::new(shared);
         let stop = Arc::new(Stop::new()?);
@@ -188,7 +195,8 @@ impl Server {
                 stop,
             },
             control,
-            _files: files,
+            counting,
+            files,
         })
     }
 
@@ -199,6 +207,16 @@ impl Server {
     /// If the signals cannot be had.
     pub fn handle_signals(&mut self) -> Result<(), Error> {
         Ok(self.control.handle_signals()?)
+    }
+
+    /// Gives up what the server does not need to run, for this thread and those
+    /// that it starts later, see [`sandbox::enter`].
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn confine(&self, seccomp: Mode) -> Result<(), Error> {
+        let sockets = self.files.iter().map(SocketFile::path);
+        Ok(sandbox::enter(seccomp, self.counting, sockets)?)
     }
 
     /// The means to end the server.

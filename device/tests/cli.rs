@@ -8,6 +8,7 @@ use std::{
     os::{
         fd::AsRawFd,
         unix::{
+            fs::{MetadataExt, PermissionsExt, chown},
             net::{UnixListener, UnixStream},
             process::CommandExt,
         },
@@ -19,9 +20,13 @@ use std::{
 };
 
 use nix::{
-    sys::signal::{Signal, kill},
-    unistd::{Pid, dup2_raw},
+    sys::{
+        signal::{Signal, kill},
+        stat::{Mode, umask},
+    },
+    unistd::{Pid, dup2_raw, geteuid},
 };
+use seccompiler::{SeccompAction, SeccompFilter, TargetArch, apply_filter};
 use vhost::{VhostBackend, vhost_user::Frontend};
 use vhost_device_hmm::hardware::Events;
 
@@ -118,6 +123,7 @@ fn other_options_are_checked_too() {
     fails(&["-s", "/tmp/x", "--copy-queues", "0"], &["--copy-queues"]);
     fails(&["-s", "/tmp/x", "--copy-queues", "17"], &["--copy-queues"]);
     fails(&["-s", "/tmp/x", "--log-level", "loud"], &["--log-level"]);
+    fails(&["-s", "/tmp/x", "--seccomp", "trap"], &["--seccomp"]);
     fails(
         &["-s", "/tmp/x", "--bandwidth", "1023K"],
         &["--bandwidth", "less than 1M"],
@@ -324,11 +330,115 @@ fn an_inherited_socket_is_served() {
         });
     }
     let child = command.spawn().unwrap();
-    let vmm = Frontend::connect(&path, 4).unwrap();
-    vmm.set_owner().unwrap();
-    assert_ne!(vmm.get_features().unwrap(), 0);
+    drop(listener);
+    drop(session(&path));
     signal(&child, Signal::SIGTERM);
     let output = finish(child);
     assert!(output.status.success(), "{output:?}");
     assert!(path.exists(), "the socket is its maker's to remove");
+}
+
+/// Starts a VM's connection, to which the daemon answers.
+fn session(socket: &Path) -> Frontend {
+    let vmm = Frontend::connect(socket, 4).unwrap();
+    vmm.set_owner().unwrap();
+    assert_ne!(vmm.get_features().unwrap(), 0);
+    vmm
+}
+
+/// What the kernel says of a process.
+fn status(child: &Child, field: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
+    line.unwrap().trim_start_matches(':').trim().to_owned()
+}
+
+#[test]
+fn only_the_user_can_connect_and_no_privilege_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let [socket, control, metrics] = ["socket", "control", "metrics"].map(|n| dir.path().join(n));
+    let mut command = daemon(&["--memory-size", "2M"]);
+    command.arg("-s").arg(&socket);
+    command.arg("--control-socket").arg(&control);
+    command.arg("--metrics-socket").arg(&metrics);
+    // SAFETY: umask is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            umask(Mode::empty());
+            Ok(())
+        });
+    }
+    let child = command.spawn().unwrap();
+    connect(&metrics);
+    let vmm = session(&socket);
+    for path in [&socket, &control, &metrics] {
+        let mode = fs::metadata(path).unwrap().mode();
+        assert_eq!(mode & 0o7777, 0o600, "{}", path.display());
+    }
+    assert_eq!(status(&child, "Seccomp"), "2");
+    assert_eq!(status(&child, "NoNewPrivs"), "1");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        assert_eq!(status(&child, set), "0000000000000000", "{set}");
+    }
+    if geteuid().is_root() {
+        assert_eq!(status(&child, "CapBnd"), "0000000000000000");
+    }
+    drop(vmm);
+    signal(&child, Signal::SIGTERM);
+    assert!(finish(child).status.success());
+    assert!(!socket.exists() && !control.exists() && !metrics.exists());
+}
+
+#[test]
+fn a_normal_user_can_run_it() {
+    const NOBODY: u32 = 65534;
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = daemon(&[]);
+    if geteuid().is_root() {
+        // The user may not reach the place where it was built.
+        let program = dir.path().join("daemon");
+        fs::copy(env!("CARGO_BIN_EXE_vhost-device-hmm"), &program).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+        command = Command::new(program);
+        command.stderr(Stdio::piped()).uid(NOBODY).gid(NOBODY);
+    }
+    let socket = dir.path().join("socket");
+    command.args(["--prefault", "--memory-size=2M", "-s"]);
+    let child = command.arg(&socket).spawn().unwrap();
+    connect(&socket);
+    if geteuid().is_root() {
+        assert_eq!(fs::metadata(&socket).unwrap().uid(), NOBODY);
+    }
+    drop(session(&socket));
+    drop(session(&socket));
+    signal(&child, Signal::SIGTERM);
+    let output = finish(child);
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{log}");
+    assert!(!log.contains("running as root"), "{log}");
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_kernel_without_landlock_is_told_of_in_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let mut command = daemon(&["--memory-size", "2M", "-s", socket.to_str().unwrap()]);
+    let rules = [(libc::SYS_landlock_create_ruleset, Vec::new())].into();
+    let errno = SeccompAction::Errno(libc::ENOSYS as u32);
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, errno, TargetArch::x86_64);
+    let program: seccompiler::BpfProgram = filter.unwrap().try_into().unwrap();
+    // SAFETY: to install a filter takes two system calls and no allocation.
+    unsafe {
+        command.pre_exec(move || apply_filter(&program).map_err(std::io::Error::other));
+    }
+    let child = command.spawn().unwrap();
+    connect(&socket);
+    drop(session(&socket));
+    signal(&child, Signal::SIGTERM);
+    let output = finish(child);
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{log}");
+    assert_eq!(log.matches("no Landlock").count(), 1, "{log}");
 }

@@ -28,6 +28,7 @@ use vhost::{
 use vhost_device_hmm::{
     abi::*,
     link,
+    seccomp::Mode,
     server::{Config, Endpoint, Server},
     stop::Stop,
 };
@@ -124,7 +125,11 @@ impl Device {
         })
         .unwrap();
         let stop = server.stop();
-        let thread = Some(thread::spawn(|| server.run().unwrap()));
+        let thread = Some(thread::spawn(|| {
+            // As the daemon does. A forbidden call kills all tests.
+            server.confine(Mode::Kill).unwrap();
+            server.run().unwrap();
+        }));
         Self {
             dir,
             stop,
