@@ -53,6 +53,8 @@ void vhmm_batch_free(struct vhmm_batch *b)
 {
 	if (b->evict)
 		vhmm_batch_free(b->evict);
+	if (b->ahead)
+		folio_put(b->ahead);
 	kvfree(b->bounce);
 	vhmm_request_free(b->fill);
 	vhmm_request_free(b->copy);
@@ -121,24 +123,20 @@ void vhmm_check_src(struct vhmm_device *dev, const unsigned long *src,
 }
 
 /**
- * vhmm_copy_to_ram() - copy device pages into the RAM chosen for them
+ * vhmm_copy_to_ram_begin() - have device pages copied into the RAM chosen for them
  * @dev: the device
  * @r: a request with room for @nr frames
  * @src: source entries: device pages, locked and unmapped
  * @dst: destination entries: a locked page of RAM, or 0
  * @nr: number of entries
- *
- * The status of each frame is checked. Where a copy failed the destination is
- * dropped, so that what is in it is never seen.
  */
-void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
-		      const unsigned long *src, unsigned long *dst,
-		      unsigned long nr)
+void vhmm_copy_to_ram_begin(struct vhmm_device *dev, struct vhmm_request *r,
+			    const unsigned long *src, const unsigned long *dst,
+			    unsigned long nr)
 {
 	/* A large folio goes to a large folio. */
 	unsigned int run = vhmm_is_large(dst) ? nr : 1;
 	unsigned long i;
-	int ret;
 
 	vhmm_request_start(r, VIRTIO_HMM_OP_FROM_DEVICE);
 	for (i = 0; i < nr; i += run) {
@@ -148,10 +146,25 @@ void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
 			vhmm_request_add_range(r, vhmm_page_frame(dev, vhmm_entry_page(src, i)),
 					       page, run, i);
 	}
+	if (r->nr_frames)
+		vhmm_request_submit(r);
+}
+
+/**
+ * vhmm_copy_to_ram_end() - wait for the copy, and drop what failed
+ * @r: the request of vhmm_copy_to_ram_begin()
+ * @dst: the destination entries
+ *
+ * The status of each frame is checked. Where a copy failed the destination is
+ * dropped, so that what is in it is never seen.
+ */
+void vhmm_copy_to_ram_end(struct vhmm_request *r, unsigned long *dst)
+{
+	unsigned long i;
+	int ret;
+
 	if (!r->nr_frames)
 		return;
-
-	vhmm_request_submit(r);
 	ret = vhmm_request_wait(r);
 	if (vhmm_request_ok(r))
 		return;
@@ -159,6 +172,24 @@ void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
 		if (ret || !vhmm_request_frame_ok(r, i))
 			vhmm_drop_destination(dst, r->slots[i]);
 	}
+}
+
+/**
+ * vhmm_copy_to_ram() - copy device pages into the RAM chosen for them
+ * @dev: the device
+ * @r: a request with room for @nr frames
+ * @src: source entries: device pages, locked and unmapped
+ * @dst: destination entries: a locked page of RAM, or 0
+ * @nr: number of entries
+ *
+ * Begins and ends at once.
+ */
+void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
+		      const unsigned long *src, unsigned long *dst,
+		      unsigned long nr)
+{
+	vhmm_copy_to_ram_begin(dev, r, src, dst, nr);
+	vhmm_copy_to_ram_end(r, dst);
 }
 
 /**

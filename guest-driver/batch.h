@@ -46,6 +46,9 @@ enum vhmm_outcome {
  * @allocation: where frames come from, in a batch that goes to the device
  * @fill_holes: where there is no page one is wanted, vhmm_vma_fills_holes()
  * @from_peer: it is about pages in the memory of other devices
+ * @ahead: a large folio of RAM for the next window, allocated while the device
+ *	copied this one; NULL if there is none
+ * @end: where the range ends that this is a window of; 0 if it is none
  * @bounce: the RAM they come through; NULL if there were none yet
  * @evict: what to make room with; NULL if that was not needed yet
  *
@@ -65,6 +68,8 @@ struct vhmm_batch {
 	struct vhmm_allocation *allocation;
 	bool fill_holes;
 	bool from_peer;
+	struct folio *ahead;
+	unsigned long end;
 	struct page **bounce;
 	struct vhmm_batch *evict;
 };
@@ -125,6 +130,10 @@ unsigned long vhmm_count_moved(const unsigned long *src,
 			       const unsigned long *dst, unsigned long nr);
 void vhmm_check_src(struct vhmm_device *dev, const unsigned long *src,
 		    const unsigned long *seen, unsigned long nr);
+void vhmm_copy_to_ram_begin(struct vhmm_device *dev, struct vhmm_request *r,
+			    const unsigned long *src, const unsigned long *dst,
+			    unsigned long nr);
+void vhmm_copy_to_ram_end(struct vhmm_request *r, unsigned long *dst);
 void vhmm_copy_to_ram(struct vhmm_device *dev, struct vhmm_request *r,
 		      const unsigned long *src, unsigned long *dst,
 		      unsigned long nr);

@@ -204,18 +204,45 @@ static unsigned long vhmm_account(struct vhmm_batch *b, unsigned long nr,
 	return moved;
 }
 
-static bool vhmm_alloc_ram(struct vhmm_batch *b, struct migrate_vma *args,
-			   unsigned long i, unsigned int order)
+/* A large folio that is not at hand is not worth the wait. */
+static struct folio *vhmm_alloc_ram_large(struct vm_area_struct *vma,
+					  unsigned long addr)
 {
-	/* A large folio that is not at hand is not worth the wait. */
-	gfp_t gfp = order ? GFP_TRANSHUGE_LIGHT : GFP_HIGHUSER_MOVABLE;
-	struct folio *folio = vma_alloc_folio(gfp, order, args->vma,
-					      args->start + i * PAGE_SIZE);
+	return vma_alloc_folio(GFP_TRANSHUGE_LIGHT, HPAGE_PMD_ORDER, vma, addr);
+}
 
+static bool vhmm_alloc_ram(struct vhmm_batch *b, struct migrate_vma *args,
+			   unsigned long i, bool large)
+{
+	struct folio *folio;
+
+	if (!large) {
+		folio = vma_alloc_folio(GFP_HIGHUSER_MOVABLE, 0, args->vma,
+					args->start + i * PAGE_SIZE);
+	} else if (b->ahead) {
+		folio = b->ahead;
+		b->ahead = NULL;
+	} else {
+		folio = vhmm_alloc_ram_large(args->vma, args->start);
+	}
 	if (!folio)
 		return false;
 	b->dst[i] = vhmm_ram_destination(folio);
 	return true;
+}
+
+/*
+ * Most kernels clear a page that they allocate, and a large folio for as long
+ * as its copy takes. So the one for the next window is allocated while the
+ * device copies this one, if most likely it is wanted.
+ */
+static void vhmm_alloc_ahead(struct vhmm_batch *b, struct migrate_vma *args)
+{
+	unsigned long end = min(b->end, args->vma->vm_end);
+
+	if (vhmm_is_large(b->dst) && !b->ahead &&
+	    args->end + HPAGE_PMD_SIZE <= end)
+		b->ahead = vhmm_alloc_ram_large(args->vma, args->end);
 }
 
 /*
@@ -237,7 +264,7 @@ static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
 
 	if (vhmm_is_large(b->src) && !vhmm_wanted_home(b, 0))
 		return;
-	if (vhmm_is_large(b->src) && vhmm_alloc_ram(b, args, 0, HPAGE_PMD_ORDER))
+	if (vhmm_is_large(b->src) && vhmm_alloc_ram(b, args, 0, true))
 		goto copy;
 	if (vhmm_is_large(b->src))
 		vhmm_count(b->dev, VHMM_THP_FALLBACK, 1);
@@ -245,7 +272,7 @@ static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
 	for (i = 0; i < args->npages; i++) {
 		if (!vhmm_wanted_home(b, i) || !vhmm_unresolved(outcome[i]))
 			continue;
-		if (!vhmm_alloc_ram(b, args, i, 0))
+		if (!vhmm_alloc_ram(b, args, i, false))
 			outcome[i] = VHMM_SKIP(NO_MEMORY);
 		/* Without the first, none of a large folio can move. */
 		if (vhmm_is_large(b->src) && !b->dst[0]) {
@@ -259,7 +286,9 @@ copy:
 		if (vhmm_entry(b->dst, i))
 			outcome[i] = VHMM_SKIP(COPY_FAILED);
 	}
-	vhmm_copy_to_ram(b->dev, b->copy, b->src, b->dst, args->npages);
+	vhmm_copy_to_ram_begin(b->dev, b->copy, b->src, b->dst, args->npages);
+	vhmm_alloc_ahead(b, args);
+	vhmm_copy_to_ram_end(b->copy, b->dst);
 	/* Until vhmm_account() says otherwise. */
 	for (i = 0; i < args->npages; i++) {
 		if (vhmm_entry(b->dst, i))
@@ -598,6 +627,7 @@ int vhmm_migrate_range(struct vhmm_context *ctx, struct virtio_hmm_migrate *arg,
 	if (!b)
 		return -ENOMEM;
 
+	b->end = end;
 	trace_vhmm_migrate_begin(dev, trigger, addr, end);
 	while (addr < end) {
 		unsigned long next = min(ALIGN(addr + 1, HPAGE_PMD_SIZE), end);
