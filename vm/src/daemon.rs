@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::error::{Error, FileContext, Result};
 use crate::process::{Guarded, describe, tail};
 use crate::profile::Device;
+use crate::sampler::Statistics;
 
 /// How long a daemon may take to open its socket, and to end when asked.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -43,9 +45,14 @@ pub struct Counters {
 }
 
 #[derive(Deserialize)]
+struct Counted {
+    counters: Counters,
+}
+
+#[derive(Deserialize)]
 #[serde(untagged)]
-enum Reply {
-    Counters { counters: Counters },
+enum Reply<T> {
+    Answer(T),
     Error { error: String },
 }
 
@@ -54,17 +61,27 @@ enum Reply {
 /// # Errors
 /// Nobody answers, or the answer is an error.
 pub fn counters(socket: &Path) -> Result<Counters> {
+    ask(socket, "counters", PATIENCE).map(|Counted { counters }| counters)
+}
+
+/// Asks it for all that it counts.
+///
+/// # Errors
+/// Nobody answers in this time, or the answer is an error.
+pub(crate) fn statistics(socket: &Path, patience: Duration) -> Result<Statistics> {
+    ask(socket, "statistics", patience)
+}
+
+fn ask<T: DeserializeOwned>(socket: &Path, command: &str, patience: Duration) -> Result<T> {
     let mut stream = UnixStream::connect(socket).at("connect to", socket)?;
-    stream.set_read_timeout(Some(PATIENCE)).at("use", socket)?;
-    stream
-        .write_all(b"{\"command\":\"counters\"}\n")
-        .at("write to", socket)?;
+    stream.set_read_timeout(Some(patience)).at("use", socket)?;
+    writeln!(stream, "{{\"command\":\"{command}\"}}").at("write to", socket)?;
     let mut line = String::new();
     BufReader::new(stream)
         .read_line(&mut line)
         .at("read", socket)?;
     match serde_json::from_str(&line) {
-        Ok(Reply::Counters { counters }) => Ok(counters),
+        Ok(Reply::Answer(answer)) => Ok(answer),
         Ok(Reply::Error { error }) => Err(Error::Control(error)),
         Err(_) => Err(Error::Control(line)),
     }

@@ -93,6 +93,12 @@ impl Devices {
         sockets.collect()
     }
 
+    /// The control sockets, by slot. One whose daemon is renewed keeps its place.
+    pub(crate) fn control_sockets(&self) -> Vec<PathBuf> {
+        let sockets = self.slots.iter().map(|slot| slot.sockets.control.clone());
+        sockets.collect()
+    }
+
     /// How a daemon ended that nobody has asked to end.
     pub(crate) fn died(&mut self) -> Option<ExitStatus> {
         self.slots

@@ -27,6 +27,7 @@ pub mod reconcile;
 pub mod report;
 pub mod root;
 pub mod run;
+pub mod sampler;
 pub mod stress;
 mod terminal;
 pub mod testing;

@@ -173,8 +173,8 @@ fn execute(command: Command) -> Result<u8> {
                 command,
                 files: with,
                 environment: env.into_iter().collect(),
-                interactive: false,
                 forward_input: !stdin().is_terminal(),
+                ..Job::default()
             },
         ),
         Command::Demo {

@@ -24,6 +24,7 @@ use crate::process::shell_line;
 use crate::profile::Profile;
 use crate::report::Report;
 use crate::run::{DeviceAt, Finished, Limits, Run, run_files, scratch_directory};
+use crate::sampler::Sampler;
 use crate::terminal;
 use crate::toolbox::{self, TOOLBOX_VARIABLE, Toolbox};
 use crate::units::{Size, parse_duration};
@@ -146,6 +147,8 @@ pub struct Job {
     pub interactive: bool,
     /// Give it this process's standard input.
     pub forward_input: bool,
+    /// Watch the devices meanwhile.
+    pub sampler: Option<Sampler>,
 }
 
 /// Everything is there; a machine can start.
@@ -371,6 +374,7 @@ impl Prepared {
             limits,
             logs: &logs,
             forward_input: job.forward_input,
+            sampler: job.sampler.as_ref(),
         };
         run.go(scratch.path(), output).map_err(|error| Error::Run {
             logs,

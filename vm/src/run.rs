@@ -25,6 +25,7 @@ use crate::devices::Devices;
 use crate::error::{Error, FileContext, Result};
 use crate::machine::{Machine, RunFiles};
 use crate::process::{Guarded, describe, tail};
+use crate::sampler::Sampler;
 use crate::terminal;
 use crate::units::Size;
 
@@ -104,6 +105,8 @@ pub struct Run<'a> {
     pub logs: &'a Path,
     /// Whether the command reads this process's standard input.
     pub forward_input: bool,
+    /// What watches the devices.
+    pub sampler: Option<&'a Sampler>,
 }
 
 /// A directory for sockets, short enough for their names, removed on drop.
@@ -154,7 +157,9 @@ impl Run<'_> {
         let settings = self.machine.profile.device.clone();
         let devices = Devices::start(&self.device, &settings, scratch, self.logs)?;
         self.machine.devices = devices.sockets();
+        let control = devices.control_sockets();
         let devices = Arc::new(Mutex::new(devices));
+        let sampling = self.sampler.map(|sampler| sampler.start(&control));
         let host = Host {
             monitor: bind(&files.monitor)?,
             port: bind(&files.actions)?,
@@ -197,6 +202,7 @@ impl Run<'_> {
         drop(terminal);
         drop(qemu);
         drop(disk);
+        drop(sampling);
         let mut finished = finished?;
         finished.counters = lock(&devices).counters()?;
         Ok(finished)
