@@ -86,8 +86,22 @@ fn command() -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    pub(crate) fn environment() -> Environment {
+        Environment {
+            accelerator: Accelerator::Tcg,
+            kernel: "7.3.4-amd64".into(),
+            qemu: "11.1.3 (Debian)".into(),
+            cpu: "Fast CPU @ 3.00GHz".into(),
+            cpus: 2,
+            guest_cpus: 2,
+            commit: "0123456789ab-dirty".into(),
+            command: "cargo vm stress --report out".into(),
+            date: "2026-01-31T12:00:00Z".into(),
+        }
+    }
 
     #[test]
     fn the_cpu_is_named() {

@@ -9,9 +9,12 @@ use clap::{Parser, Subcommand};
 use hmm_bench::contender::Contender;
 use hmm_vm::apt::MIRROR_VARIABLE;
 use hmm_vm::error::with_sources;
+use hmm_vm::page::Pages;
 use hmm_vm::paths::{Cache, remove_all};
 use hmm_vm::prepare::{Job, MachineOptions, Prepared, dry_run, log_tail};
+use hmm_vm::report_directory::ReportDirectory;
 use hmm_vm::run::pass_on;
+use hmm_vm::sampler::Sampler;
 use hmm_vm::stress::{self, Wanted};
 use hmm_vm::toolbox::{self, TOOLBOX_VARIABLE};
 use hmm_vm::units::parse_duration;
@@ -80,6 +83,9 @@ enum Command {
         /// Take one turn only: a scenario, contract, neighbours or model
         #[arg(long, value_name = "NAME")]
         turn: Option<String>,
+        /// Write a page with charts, and its data, into this directory
+        #[arg(long, value_name = "DIR")]
+        report: Option<PathBuf>,
         /// Print one JSON object on standard output
         #[arg(long)]
         json: bool,
@@ -195,6 +201,7 @@ fn execute(command: Command) -> Result<u8> {
             duration,
             seed,
             turn,
+            report,
             json,
         } => {
             if machine.dry_run {
@@ -206,8 +213,13 @@ fn execute(command: Command) -> Result<u8> {
                 seed,
                 turn: turn.as_deref(),
             };
-            let stress = stress::run(&machine, wanted)?;
+            let directory = report.as_deref().map(ReportDirectory::open).transpose()?;
+            let sampler = directory.is_some().then(Sampler::default);
+            let stress = stress::run(&machine, wanted, sampler)?;
             show(&stress, stress.table(), json)?;
+            if let Some(directory) = directory {
+                directory.write(&Pages::of_stress(&stress))?;
+            }
             Ok(stress.status)
         }
         Command::Bench {

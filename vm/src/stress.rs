@@ -17,6 +17,7 @@ use crate::prepare::{Job, MachineOptions, Prepared, log_tail};
 use crate::process::tail;
 use crate::reconcile::{self, Guest, PRINT_COUNTERS, grouped};
 use crate::report::Report;
+use crate::sampler::{History, Sampler};
 
 /// Suites that run as a whole in a turn, and what they take beside their seed.
 const SUITES: [(&str, &str); 3] = [
@@ -112,6 +113,14 @@ pub struct Turn {
     pub fault_latency_ns: Latency,
 }
 
+impl Turn {
+    /// Whether times of CPU faults were measured in it.
+    #[must_use]
+    pub fn has_faults(&self) -> bool {
+        self.fault_latency_ns.count > 0
+    }
+}
+
 /// The result, as `--json` prints it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Stress {
@@ -156,13 +165,18 @@ pub struct Stress {
     pub unloaded: bool,
     /// What ended the run early: the kernel's complaint, a limit.
     pub ended_by: Option<String>,
+    /// What the devices did over the time; empty if nobody watched.
+    #[serde(skip)]
+    pub histories: Vec<History>,
     /// The tool's exit status.
     #[serde(skip)]
     pub status: u8,
 }
 
 impl Stress {
-    fn passed(&self) -> bool {
+    /// Whether everything is as it should be.
+    #[must_use]
+    pub fn passed(&self) -> bool {
         self.failures.is_empty()
             && self.mismatches == 0
             && self.reconciled
@@ -269,11 +283,11 @@ pub struct Wanted<'a> {
     pub turn: Option<&'a str>,
 }
 
-/// Boots a machine and stresses the device in it.
+/// Boots a machine and stresses the device in it, watched by the sampler if there is one.
 ///
 /// # Errors
 /// The machine could not be started.
-pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
+pub fn run(options: &MachineOptions, wanted: Wanted, sampler: Option<Sampler>) -> Result<Stress> {
     let turns = turns(wanted.turn)?;
     let seed = wanted.seed.unwrap_or_else(random_seed);
     let mut options = options.clone();
@@ -293,6 +307,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
     let job = Job {
         command: vec!["sh".into(), "-c".into(), script(&turns, seed, duration)],
         files: prepared.kernel().module_files(&MODULES),
+        sampler,
         ..Job::default()
     };
     let mut progress = Progress::default();
@@ -304,10 +319,10 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
         }
         Ok(())
     });
-    if progress.first.is_none() {
+    let Some(first) = progress.first else {
         finished?;
         return Err(Error::Config(tail(&progress.errors_text(), 5)));
-    }
+    };
     let (host, ended_by, status) = match finished {
         Ok(finished) => (finished.counters, None, None),
         Err(error) => {
@@ -325,6 +340,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
         let (turn, seed) = (&failure.command, failure.seed);
         failure.command = format!("cargo vm stress {repeat}--turn {turn} --seed {seed}");
     }
+    let sampler = job.sampler.as_ref();
     let mut stress = Stress {
         environment,
         seed,
@@ -346,6 +362,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Stress> {
         kmemleak: progress.kmemleak,
         unloaded: progress.unloaded,
         ended_by,
+        histories: sampler.map_or_else(Vec::new, |sampler| sampler.histories(first)),
         status: 0,
     };
     stress.status = status.unwrap_or(u8::from(!stress.passed()));
@@ -358,9 +375,9 @@ fn machine_words(words: impl Iterator<Item = String>) -> String {
     let mut text = String::new();
     while let Some(word) = words.next() {
         match word.as_str() {
-            "--duration" | "--seed" | "--turn" => drop(words.next()),
+            "--duration" | "--seed" | "--turn" | "--report" => drop(words.next()),
             "--json" => {}
-            word if ["--duration=", "--seed=", "--turn="]
+            word if ["--duration=", "--seed=", "--turn=", "--report="]
                 .iter()
                 .any(|option| word.starts_with(option)) => {}
             word => text += &format!("{word} "),
@@ -660,7 +677,8 @@ mod tests {
 
     #[test]
     fn the_command_that_repeats_a_turn_is_about_the_same_machine() {
-        let line = "hmm-vm stress --kernel debug --duration 10m --seed=4 --json --cpus 4";
+        let line =
+            "hmm-vm stress --kernel debug --duration 10m --seed=4 --json --report out --cpus 4";
         let words = line.split(' ').map(ToOwned::to_owned);
         assert_eq!(machine_words(words), "--kernel debug --cpus 4 ");
     }
