@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use rustix::process::Signal;
 
+use crate::apt::MIRROR_VARIABLE;
 use crate::build::{cargo, copy_module_sources, make_command, module_sources, source_files};
 use crate::error::{Error, FileContext, Result, with_sources};
 use crate::kernel::{KERNEL_VARIABLE, Kernel};
@@ -159,7 +160,13 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
         .env(KERNEL_VARIABLE, options.kernel.to_string())
         .env(KERNELS_VARIABLE, kernels.join(" "))
         .env(IMAGE_VARIABLE, &prepared.kernel().image)
-        .env(MODULES_VARIABLE, &prepared.kernel().modules);
+        .env(MODULES_VARIABLE, &prepared.kernel().modules)
+        .envs(
+            options
+                .mirror
+                .iter()
+                .map(|mirror| (MIRROR_VARIABLE, mirror)),
+        );
     tally.add(cargo_test(&mut tests)?);
 
     println!("{tally}");
