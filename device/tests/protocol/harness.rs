@@ -365,6 +365,13 @@ impl Vm {
             .1
     }
 
+    /// Writes to the configuration space.
+    pub fn set_config(&mut self, offset: u32, bytes: &[u8]) {
+        self.frontend
+            .set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
+            .unwrap();
+    }
+
     /// Unused guest memory from a page boundary on.
     pub fn alloc(&mut self, len: usize) -> u64 {
         let at = self.next_free;

@@ -31,6 +31,18 @@ fn d1_configuration_is_as_specified_and_zero_padded() {
 }
 
 #[test]
+fn d22_writes_to_the_configuration_change_nothing() {
+    let device = Device::start();
+    let mut vm = Vm::connect(&device);
+    let before = vm.config(0, 256);
+    for (offset, len) in [(0, 256), (0, 1), (8, 8), (255, 1)] {
+        vm.set_config(offset, &vec![0xa5; len]);
+    }
+    assert_eq!(vm.config(0, 256), before);
+    vm.store(0, &pattern(1, 1));
+}
+
+#[test]
 fn d9_to_device_and_d10_from_device_move_every_byte() {
     let device = Device::start();
     let mut vm = Vm::connect(&device);
