@@ -17,6 +17,13 @@ use crate::profile::read_toml;
 /// Where the guest finds the module.
 pub const MODULE_PATH: &str = "/lib/modules/virtio_hmm.ko";
 
+/// Where the guest finds a module of the kernel's own.
+#[must_use]
+pub(crate) fn guest_path(module: &Path) -> String {
+    let name = module.file_name().unwrap_or_default();
+    format!("/lib/modules/{}", name.to_string_lossy())
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Recipe {
@@ -36,7 +43,8 @@ pub(crate) fn programs() -> Result<Vec<String>> {
 
 /// Writes the archive of one run.
 ///
-/// `files` are the user's, and land in the guest's `/root` under their own names.
+/// `kernel_modules` are the kernel's own. `files` are the user's, and land in the guest's `/root`
+/// under their own names.
 ///
 /// # Errors
 /// A file cannot be read or the archive cannot be written.
@@ -45,6 +53,7 @@ pub fn write(
     programs: &Programs,
     busybox: &Path,
     module: Option<&Path>,
+    kernel_modules: &[PathBuf],
     files: &[PathBuf],
     order: &Order,
 ) -> Result<()> {
@@ -78,6 +87,9 @@ pub fn write(
     }
     if let Some(module) = module {
         cpio.copy(MODULE_PATH.trim_start_matches('/'), module)?;
+    }
+    for module in kernel_modules {
+        cpio.copy(guest_path(module).trim_start_matches('/'), module)?;
     }
     let mut names = BTreeSet::new();
     for file in files {

@@ -88,6 +88,10 @@ impl Machine<'_> {
             }
         }
         option("-machine", &format!("{},vmport=off", profile.machine));
+        // Before the devices, which are then behind it.
+        if let Some(iommu) = &profile.iommu {
+            option("-device", iommu);
+        }
         option("-m", &profile.memory.to_string());
         // A socket's caches cannot be on two nodes.
         let (cpus, nodes) = (profile.cpus, profile.nodes);

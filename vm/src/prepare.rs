@@ -15,7 +15,7 @@ use crate::build::{self, Programs};
 use crate::daemon::Sockets;
 use crate::devices::own_sockets;
 use crate::error::{EXIT_TIMEOUT, Error, FileContext, Result};
-use crate::initramfs::{self, MODULE_PATH};
+use crate::initramfs::{self, MODULE_PATH, guest_path};
 use crate::kernel::{self, KERNEL_VARIABLE, Kernel};
 use crate::machine::Machine;
 use crate::named_kernel::NamedKernel;
@@ -185,7 +185,7 @@ impl Prepared {
             }
             kernel::Choice::Tree(tree) => Kernel::of_tree(tree)?,
         };
-        let module = if options.no_device {
+        let module = if options.no_device || !profile.driver.load {
             None
         } else {
             let own = build::module_sources();
@@ -338,10 +338,19 @@ impl Prepared {
     ) -> Result<Finished> {
         let scratch = scratch_directory()?;
         let logs = self.new_log_directory()?;
-        let driver = !matches!(device, DeviceAt::Nowhere);
+        let driver = self.profile.driver.load && !matches!(device, DeviceAt::Nowhere);
+        let names: Vec<&str> = self
+            .profile
+            .kernel
+            .modules
+            .iter()
+            .map(String::as_str)
+            .collect();
+        let modules = self.kernel.module_files(&names);
         let order = Order {
             command: job.command.clone(),
             environment: job.environment.clone(),
+            modules: modules.iter().map(|module| guest_path(module)).collect(),
             driver: driver.then(|| Driver {
                 path: MODULE_PATH.into(),
                 parameters: self.profile.driver.parameters.clone(),
@@ -357,6 +366,7 @@ impl Prepared {
             &self.programs,
             &self.toolbox.busybox(),
             self.module.as_deref().filter(|_| driver),
+            &modules,
             &job.files,
             &order,
         )?;

@@ -25,6 +25,9 @@ pub struct Profile {
     pub nodes: u32,
     /// CPU model by accelerator.
     pub cpu: Cpu,
+    /// QEMU's IOMMU and its properties.
+    #[serde(default)]
+    pub iommu: Option<String>,
     /// The device.
     pub device: Device,
     /// Size of a virtio disk in the host's RAM, empty when the machine starts; none if not given.
@@ -77,6 +80,9 @@ pub struct Device {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Driver {
+    /// Whether it is loaded; the device is free for a user-mode driver otherwise.
+    #[serde(default = "yes")]
+    pub load: bool,
     /// Module parameters, as `insmod` takes them.
     pub parameters: String,
 }
@@ -87,10 +93,17 @@ pub struct Driver {
 pub struct Kernel {
     /// Words of the command line.
     pub command_line: Vec<String>,
+    /// The kernel's own modules that are loaded first, in this order, where they are not built in.
+    #[serde(default)]
+    pub modules: Vec<String>,
 }
 
 fn one() -> u32 {
     1
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Smallest guest RAM in which the stock kernel and the initramfs start.

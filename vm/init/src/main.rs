@@ -26,6 +26,8 @@ const LAST_OUTPUT: Duration = Duration::from_millis(300);
 /// The user's files come first.
 const PATH: &str = "/root:/bin";
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
+/// The kernel's `MODULE_INIT_COMPRESSED_FILE`.
+const COMPRESSED: i32 = 4;
 
 #[derive(Debug, thiserror::Error)]
 enum Error {
@@ -121,8 +123,11 @@ fn session(to_host: &mut File, from_host: Receiver<Vec<u8>>) -> Result<(), Error
     .map_err(|source| Error::Read(ORDER_PATH, source.into()))?;
 
     send(to_host, &boot_event()?).map_err(Error::Port)?;
+    for module in &order.modules {
+        load(module, "")?;
+    }
     if let Some(driver) = &order.driver {
-        load(driver)?;
+        load_driver(driver)?;
         send(to_host, &Event::Driver).map_err(Error::Port)?;
     }
 
@@ -232,12 +237,18 @@ fn open_port(wanted: &'static str) -> Result<File, Error> {
     Err(Error::NoPort(wanted))
 }
 
-fn load(driver: &Driver) -> Result<(), Error> {
-    let failed = |source| Error::Load(driver.path.clone(), source);
-    let file = File::open(&driver.path).map_err(failed)?;
-    let parameters = CString::new(driver.parameters.clone())
+fn load(module: &str, parameters: &str) -> Result<(), Error> {
+    let failed = |source| Error::Load(module.to_owned(), source);
+    let file = File::open(module).map_err(failed)?;
+    let parameters = CString::new(parameters)
         .map_err(|source| failed(io::Error::new(io::ErrorKind::InvalidInput, source)))?;
-    finit_module(file, &parameters, 0).map_err(|errno| failed(errno.into()))?;
+    let compressed = Path::new(module).extension() == Some("xz".as_ref());
+    let flags = if compressed { COMPRESSED } else { 0 };
+    finit_module(file, &parameters, flags).map_err(|errno| failed(errno.into()))
+}
+
+fn load_driver(driver: &Driver) -> Result<(), Error> {
+    load(&driver.path, &driver.parameters)?;
     let deadline = Instant::now() + DEVICE_WAIT;
     for node in &driver.nodes {
         while !Path::new(node).exists() {

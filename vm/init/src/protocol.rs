@@ -29,13 +29,15 @@ pub struct Order {
     pub command: Vec<String>,
     /// Variables added to the program's environment.
     pub environment: BTreeMap<String, String>,
-    /// Path of the kernel module to load first, and its parameters.
+    /// Paths of modules of the kernel's own to load first, in this order.
+    pub modules: Vec<String>,
+    /// The driver to load then.
     pub driver: Option<Driver>,
     /// Run the program on the serial console, for a person.
     pub terminal: Option<Terminal>,
 }
 
-/// A kernel module.
+/// The device's driver.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Driver {
     /// Path of the `.ko` file in the guest.
