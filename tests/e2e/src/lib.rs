@@ -514,6 +514,14 @@ impl Daemon {
         Ok(reply)
     }
 
+    /// What it wrote to its log.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.directory.path().join("log"))?)
+    }
+
     /// Whether device memory holds these bytes anywhere.
     ///
     /// # Errors

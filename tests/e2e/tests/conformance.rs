@@ -1,0 +1,144 @@
+//! A user-mode driver in the guest tests the device against its specification.
+
+#![allow(
+    missing_docs,
+    reason = "the names of the tests say what they are about"
+)]
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use hmm_conformance::cases;
+use hmm_e2e::{Daemon, Failure, NEEDS_VM, Result, check, trial, vm};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+/// Runs all cases, then looks into the kernel's log and where the device is.
+const ALL: &str = "hmm-conformance --fresh --seed 20171 || exit
+    ! dmesg | grep 'DMAR:.*fault\\|DMAR: .DMA' || exit 90
+    [ -e /sys/bus/pci/drivers/virtio-pci/0000:01:00.0 ] || exit 91";
+
+/// The cases that want a device which nobody has used.
+const FRESH: &str = "hmm-conformance --fresh --seed 20171 d17";
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // Each boots a machine with as many CPUs as this one has.
+    arguments.test_threads.get_or_insert(1);
+    let mut trials = vec![
+        trial(
+            "conformance::nothing_else_went_wrong",
+            nothing_else_went_wrong,
+        ),
+        trial("conformance::next_vm_finds_an_unused_device", next_vm),
+    ];
+    trials.extend(cases::all().map(|case| case_trial(case.name)));
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// How a case ended, and why.
+#[derive(Clone, Debug)]
+enum End {
+    Passed,
+    Skipped(String),
+    Failed(String),
+}
+
+/// One boot whose results several tests look at.
+#[derive(Debug)]
+struct Boot {
+    ends: BTreeMap<String, End>,
+    /// How many cases there were to be.
+    planned: usize,
+    status: i32,
+    output: String,
+    daemon: Daemon,
+}
+
+fn boot() -> Result<&'static Boot> {
+    static BOOT: OnceLock<Result<Boot, String>> = OnceLock::new();
+    BOOT.get_or_init(|| all_cases().map_err(|Failure(text)| text))
+        .as_ref()
+        .map_err(|text| Failure(text.clone()))
+}
+
+fn all_cases() -> Result<Boot> {
+    let daemon = Daemon::start()?;
+    let run = vm(&["run", "--profile", "vfio"])?
+        .with(daemon.options())
+        .with(["--", "sh", "-c", ALL])
+        .finish()?;
+    let (mut ends, mut planned, mut told) = (BTreeMap::new(), 0, String::new());
+    for line in run.text().lines() {
+        if let Some(text) = line.strip_prefix("# ") {
+            told = format!("{told}{text}; ");
+        } else if let Some(number) = line.strip_prefix("1..") {
+            planned = number.parse()?;
+        } else if let Some((number, name)) = line
+            .split_once("ok ")
+            .and_then(|(_, rest)| rest.split_once(' '))
+        {
+            let told = std::mem::take(&mut told);
+            let (name, end) = match name.split_once(" # SKIP ") {
+                Some((name, reason)) => (name, End::Skipped(reason.to_owned())),
+                None if line.starts_with("not ") => (name, End::Failed(told)),
+                None => (name, End::Passed),
+            };
+            check(number.parse() == Ok(ends.len() + 1), || line.to_owned())?;
+            ends.insert(name.to_owned(), end);
+        }
+    }
+    Ok(Boot {
+        ends,
+        planned,
+        status: run.status(),
+        output: run.text() + &run.errors(),
+        daemon,
+    })
+}
+
+fn case_trial(name: &'static str) -> Trial {
+    let body = move || {
+        let boot = boot().map_err(|Failure(text)| text)?;
+        match boot.ends.get(name) {
+            Some(End::Passed) => Ok(Completion::Completed),
+            Some(End::Skipped(reason)) => Ok(Completion::ignored_with(reason)),
+            Some(End::Failed(reason)) => Err(Failed::from(reason)),
+            None => Err(Failed::from(format!("it did not run:\n{}", boot.output))),
+        }
+    };
+    Trial::ignorable_test(format!("conformance::{name}"), body)
+        .with_kind(NEEDS_VM)
+        .with_ignored_flag(true)
+}
+
+/// Every case ran, the device's driver has it back, the IOMMU saw no fault, and the daemon has
+/// nothing to tell but of the queues that were broken on purpose.
+fn nothing_else_went_wrong() -> Result {
+    let boot = boot()?;
+    check(boot.planned == cases::all().count(), || boot.output.clone())?;
+    check(boot.status == 0, || {
+        format!("status {}:\n{}", boot.status, boot.output)
+    })?;
+    let log = boot.daemon.log()?;
+    let expected = |line: &str| {
+        let stops = line.contains("ERROR vhost_device_hmm::worker: queue ");
+        stops && line.contains(" stops: ")
+            || line.contains("ERROR virtio_queue::queue: virtio queue with invalid size: ")
+    };
+    let complaint = log
+        .lines()
+        .filter(|line| line.contains(" ERROR ") || line.contains(" WARN "))
+        .find(|line| !expected(line));
+    check(complaint.is_none(), || format!("{complaint:?} in:\n{log}"))?;
+    check(log.contains(" stops: "), || log.clone())
+}
+
+/// The daemon that was tested by all cases is as good as new for the next VM.
+fn next_vm() -> Result {
+    let first = boot()?;
+    vm(&["run", "--profile", "vfio"])?
+        .with(first.daemon.options())
+        .with(["--", "sh", "-c", FRESH])
+        .finish()?
+        .expect_status(0)
+}
