@@ -71,6 +71,13 @@ pub struct Rates {
     pub hardware_per_byte: BTreeMap<String, f64>,
 }
 
+impl Rates {
+    /// Bytes a second, whatever the operation.
+    pub fn moved(&self) -> f64 {
+        self.to_device + self.from_device + self.fill + self.device_to_device
+    }
+}
+
 /// What was counted up to a reading.
 #[derive(Debug, Default)]
 struct Sums {
