@@ -17,6 +17,7 @@ use crate::error::{Error, Result, with_sources};
 use crate::prepare::{Job, MachineOptions, Prepared};
 use crate::report::Report;
 use crate::run::{End, pass_on};
+use crate::sampler::{History, Sampler};
 
 /// Package and program that runs in the guest.
 const PROGRAM: &str = "hmm-bench";
@@ -98,6 +99,9 @@ pub struct Bench {
     pub bench_seconds: f64,
     /// All of it, with what had to be made first.
     pub seconds: f64,
+    /// What the device did over the time; empty if nobody watched.
+    #[serde(skip)]
+    pub histories: Vec<History>,
 }
 
 impl Bench {
@@ -139,11 +143,11 @@ pub fn with_profile(mut options: MachineOptions) -> MachineOptions {
     options
 }
 
-/// Boots a machine and measures all contenders in it.
+/// Boots a machine and measures all contenders in it, watched by the sampler if there is one.
 ///
 /// # Errors
 /// The machine or the program could not be run to the end.
-pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Bench> {
+pub fn run(options: &MachineOptions, wanted: Wanted, sampler: Option<Sampler>) -> Result<Bench> {
     let started = Instant::now();
     let prepared = Prepared::new(options)?;
     let seed = wanted.seed.unwrap_or_else(random_seed);
@@ -155,6 +159,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Bench> {
     let job = Job {
         command: vec!["sh".into(), "-c".into(), format!("{SURROUNDINGS}{command}")],
         files: files(&prepared)?,
+        sampler,
         ..Job::default()
     };
     let mut lines = Lines::default();
@@ -178,6 +183,9 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Bench> {
         boot_seconds: finished.boot.as_secs_f64(),
         bench_seconds,
         seconds: started.elapsed().as_secs_f64(),
+        histories: job.sampler.map_or_else(Vec::new, |sampler| {
+            sampler.histories(lines.first.unwrap_or(started))
+        }),
     })
 }
 
@@ -198,11 +206,13 @@ fn files(prepared: &Prepared) -> Result<Vec<PathBuf>> {
 #[derive(Default)]
 struct Lines {
     partial: Vec<u8>,
+    first: Option<Instant>,
     results: Results,
 }
 
 impl Lines {
     fn add(&mut self, data: &[u8]) {
+        self.first.get_or_insert_with(Instant::now);
         self.partial.extend_from_slice(data);
         while let Some(end) = self.partial.iter().position(|&byte| byte == b'\n') {
             let rest = self.partial.split_off(end + 1);

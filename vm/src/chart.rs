@@ -128,11 +128,17 @@ impl Chart<'_> {
         html! { g class=(class) { path.dots d=(path) {} } }
     }
 
-    /// A bar from one place to another, of one unit of height around `y`.
+    /// A bar from one place to another, of this thickness around `y`.
     #[must_use]
-    pub fn bar(&self, class: &str, (from, to): (f64, f64), y: f64, title: &str) -> Markup {
-        let (left, top) = self.point((from, y + 0.4));
-        let (right, bottom) = self.point((to, y - 0.4));
+    pub fn bar(
+        &self,
+        class: &str,
+        (from, to): (f64, f64),
+        (y, thickness): (f64, f64),
+        title: &str,
+    ) -> Markup {
+        let (left, top) = self.point((from, y + thickness / 2.0));
+        let (right, bottom) = self.point((to, y - thickness / 2.0));
         html! {
             rect class=(format!("{class} mark")) x=(format!("{left:.1}")) y=(format!("{top:.1}"))
                 width=(format!("{:.1}", (right - left).max(1.5))) height=(format!("{:.1}", bottom - top)) {

@@ -110,6 +110,9 @@ enum Command {
         /// Repeat the choices of an earlier run
         #[arg(long)]
         seed: Option<u64>,
+        /// Write a page with charts, and its data, into this directory
+        #[arg(long, value_name = "DIR")]
+        report: Option<PathBuf>,
         /// Print one JSON object on standard output
         #[arg(long)]
         json: bool,
@@ -228,6 +231,7 @@ fn execute(command: Command) -> Result<u8> {
             only,
             against,
             seed,
+            report,
             json,
         } => {
             let machine = bench::with_profile(machine);
@@ -242,8 +246,13 @@ fn execute(command: Command) -> Result<u8> {
                 print!("{}", dry_run(&machine, false)?);
                 return Ok(0);
             }
-            let bench = bench::run(&machine, wanted)?;
+            let directory = report.as_deref().map(ReportDirectory::open).transpose()?;
+            let sampler = directory.is_some().then(Sampler::default);
+            let bench = bench::run(&machine, wanted, sampler)?;
             show(&bench, bench.table(), json)?;
+            if let Some(directory) = directory {
+                directory.write(&Pages::of_bench(&bench))?;
+            }
             Ok(u8::from(!bench.passed()))
         }
         Command::Test { machine } => Ok(u8::from(testing::run_all(&machine)?.failed > 0)),

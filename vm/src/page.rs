@@ -1,11 +1,13 @@
 //! The page that shows a result: one file with everything in it, for a browser without network.
 
+mod bench;
 mod devices;
 mod stress;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde::Serialize;
 
+use crate::bench::Bench;
 use crate::environment::Environment;
 use crate::sampler::History;
 use crate::stress::Stress;
@@ -39,6 +41,12 @@ impl Pages {
     #[must_use]
     pub fn of_stress(stress: &Stress) -> Self {
         Self::new("stress", stress, &stress.histories, stress::page_of(stress))
+    }
+
+    /// Those of a benchmark.
+    #[must_use]
+    pub fn of_bench(bench: &Bench) -> Self {
+        Self::new("bench", bench, &bench.histories, bench::page_of(bench))
     }
 
     fn new<T: Serialize>(kind: &str, result: &T, devices: &[History], page: Markup) -> Self {

@@ -254,7 +254,9 @@ pub fn table(cells: &[Cell]) -> String {
     text
 }
 
-fn heading(memory: Memory) -> String {
+/// Says to a person what memory it is.
+#[must_use]
+pub fn heading(memory: Memory) -> String {
     let name = memory.to_string();
     let size = name.split('-').next().unwrap_or_default();
     let pages = match memory.pages {
@@ -268,7 +270,9 @@ fn heading(memory: Memory) -> String {
     format!("{size} {pages}, {threads}")
 }
 
-fn name(step: Step) -> &'static str {
+/// Says to a person what is done, and in which unit its figures are.
+#[must_use]
+pub fn name(step: Step) -> &'static str {
     match step {
         Step::ToDevice => "to the device, MB/s",
         Step::ToDeviceNet => "  net of copies, MB/s",
@@ -280,7 +284,8 @@ fn name(step: Step) -> &'static str {
 }
 
 /// "412 (390-430) 1.30x"; an isolated fault has its 99th percentile instead of the spread.
-fn entry(cell: &Cell) -> String {
+#[must_use]
+pub fn entry(cell: &Cell) -> String {
     let text = match (cell.megabytes(), cell.page_ns, cell.p99_ns) {
         (Some(rate), ..) => format!("{:.0} ({:.0}-{:.0})", rate.median, rate.low, rate.high),
         (None, Some(time), Some(p99)) => {

@@ -46,6 +46,12 @@ const BUCKET: f64 = 8.0 / 9.0;
 const FEW: u64 = 5;
 const MIB: f64 = (1 << 20) as f64;
 
+/// When the last sample ended.
+pub(super) fn end(histories: &[History]) -> f64 {
+    let samples = histories.iter().flat_map(|history| &history.samples);
+    samples.map(Sample::end).fold(0.0, f64::max)
+}
+
 /// The bandwidth of a device over the time.
 pub(super) fn bandwidth(history: &History, time: &Axis, left: usize) -> Markup {
     let rate =

@@ -7,7 +7,6 @@ use maud::{Markup, html};
 use super::{Head, devices, page, table};
 use crate::chart::{Axis, Chart, nanoseconds};
 use crate::reconcile::{self, grouped};
-use crate::sampler::Sample;
 use crate::stress::{Failure, Stress, Turn};
 
 pub(super) fn page_of(stress: &Stress) -> Markup {
@@ -43,9 +42,7 @@ pub(super) fn page_of(stress: &Stress) -> Markup {
 /// When the last thing happened that is shown.
 fn end(stress: &Stress) -> f64 {
     let turns = stress.timeline.iter().map(|turn| turn.at + turn.seconds);
-    let samples = stress.histories.iter().flat_map(|history| &history.samples);
-    let samples = samples.map(Sample::end);
-    turns.chain(samples).fold(0.0, f64::max)
+    turns.fold(devices::end(&stress.histories), f64::max)
 }
 
 fn verdict(stress: &Stress) -> String {
@@ -178,7 +175,7 @@ fn turns(timeline: &[Turn], time: &Axis) -> Markup {
                 "{} seed {}: {} passed, {} failed, {} skipped; {:.1} s to {:.1} s",
                 turn.name, turn.seed, turn.passed, turn.failed, turn.skipped, turn.at, turn.at + turn.seconds
             );
-            (chart.bar(class, (turn.at, turn.at + turn.seconds), rows.row(row), &title))
+            (chart.bar(class, (turn.at, turn.at + turn.seconds), (rows.row(row), 0.8), &title))
         }
     })
 }
