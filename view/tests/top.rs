@@ -15,6 +15,7 @@ use std::{
 
 use device::Device;
 use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
     pty::{OpenptyResult, Winsize, openpty},
     sys::{
         signal::{Signal, kill},
@@ -126,6 +127,44 @@ fn keys_and_signals_end_it_and_the_terminal_is_as_before() {
         kill(Pid::from_raw(top.child.id().try_into().unwrap()), signal).unwrap();
         assert_eq!(top.end().code(), Some(status));
     }
+}
+
+#[test]
+fn it_ends_with_its_terminal() {
+    let device = Device::start();
+    let OpenptyResult { master, slave } = openpty(None, None).unwrap();
+    // Otherwise it has the other end as well, and the terminal is never gone.
+    fcntl(&master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_hmm-top"))
+        .arg(device.control())
+        .stdin(slave.try_clone().unwrap())
+        .stdout(slave.try_clone().unwrap())
+        .stderr(slave)
+        .spawn()
+        .unwrap();
+    let mut master = File::from(master);
+    let mut bytes = [0; 4096];
+    let mut screen = String::new();
+    while !screen.contains(TAKE) {
+        let count = master.read(&mut bytes).unwrap();
+        screen += &String::from_utf8_lossy(&bytes[..count]);
+    }
+    drop(master);
+    // What a shell sends to its jobs then.
+    kill(
+        Pid::from_raw(child.id().try_into().unwrap()),
+        Signal::SIGHUP,
+    )
+    .unwrap();
+    let start = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if start.elapsed() > DEADLINE {
+            child.kill().unwrap();
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    let status = child.wait().unwrap();
+    assert!(matches!(status.code(), Some(1 | 129)), "{status}");
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! Shows what running devices do, on the whole terminal, until it is told to end.
 
 use std::{
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write},
     path::PathBuf,
-    process::ExitCode,
+    process::{self, ExitCode},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicI32, Ordering},
         mpsc::{self, Receiver},
     },
     thread,
@@ -21,15 +21,23 @@ use hmm_view::{
 };
 use ratatui::{
     DefaultTerminal,
-    crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers},
+    crossterm::{
+        event::{self, Event, KeyCode, KeyEventKind, KeyModifiers},
+        terminal::disable_raw_mode,
+    },
 };
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
 use vhost_device_hmm::ErrorChain;
 
 /// How often keys, signals and readings are looked at.
 const GLANCE: Duration = Duration::from_millis(50);
 /// How much later than expected a reading may come before that is shown.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the main thread may take to end after a signal.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Status when Ctrl-C ends it, as if by the signal of that name.
 const INTERRUPTED: u8 = 130;
 
@@ -55,12 +63,30 @@ enum Error {
     Terminal(#[from] io::Error),
 }
 
+/// The signal that is to end this, once one has come. On a terminal that is gone
+/// the main thread never looks: crossterm reads it again and again.
+fn watch_signals() -> io::Result<Arc<AtomicI32>> {
+    let signal = Arc::new(AtomicI32::new(0));
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+    let to_main = Arc::clone(&signal);
+    thread::spawn(move || {
+        if let Some(number) = signals.forever().next() {
+            to_main.store(number, Ordering::Relaxed);
+            thread::sleep(LAST_WORDS);
+            let _ = disable_raw_mode();
+            process::exit(128 + number);
+        }
+    });
+    Ok(signal)
+}
+
 /// Gives the terminal back, whatever happens; after a panic ratatui does.
 struct Restore;
 
 impl Drop for Restore {
     fn drop(&mut self) {
-        ratatui::restore();
+        // It fails if the terminal is gone, where nobody can be told.
+        let _ = ratatui::try_restore();
     }
 }
 
@@ -110,11 +136,7 @@ fn run(args: Args) -> Result<ExitCode, Error> {
     for socket in &args.sockets {
         Reading::take(socket)?;
     }
-    let signal = Arc::new(AtomicUsize::new(0));
-    for number in [SIGHUP, SIGINT, SIGTERM] {
-        let value = usize::try_from(number).unwrap_or_default();
-        signal_hook::flag::register_usize(number, Arc::clone(&signal), value)?;
-    }
+    let signal = watch_signals()?;
     let names = args
         .sockets
         .iter()
@@ -165,7 +187,7 @@ fn main() -> ExitCode {
     match run(Args::parse()) {
         Ok(status) => status,
         Err(e) => {
-            eprintln!("hmm-top: {}", ErrorChain(&e));
+            let _ = writeln!(io::stderr(), "hmm-top: {}", ErrorChain(&e));
             ExitCode::FAILURE
         }
     }
