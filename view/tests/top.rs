@@ -108,6 +108,14 @@ impl Top {
     }
 }
 
+impl Drop for Top {
+    fn drop(&mut self) {
+        // It may have ended, but not if a test failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 #[test]
 fn keys_and_signals_end_it_and_the_terminal_is_as_before() {
     let device = Device::start();
