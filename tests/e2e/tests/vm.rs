@@ -284,9 +284,10 @@ fn tracepoints_tell() -> Result {
     let run = vm(&["run", "--", "sh", "-c", script])?.finish()?;
     run.expect_status(0)?;
     for event in [
-        "vhmm_migrate_begin: hmm0 start=0x",
-        "direction=to_device trigger=ioctl done=",
-        "vhmm_cpu_fault: hmm0 address=0x",
+        "vhmm_migrate_begin: hmm0 direction=to_device trigger=ioctl start=0x",
+        "vhmm_migrate_end: hmm0 direction=to_device trigger=ioctl start=0x",
+        "vhmm_migration: hmm0 direction=to_device trigger=ioctl start=0x",
+        "vhmm_cpu_fault: hmm0 direction=to_system trigger=cpu_fault address=0x",
         "vhmm_copy_submit: hmm0 cookie=",
         "vhmm_copy_complete: hmm0 cookie=",
         "op=0x3 status=0",
