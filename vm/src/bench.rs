@@ -15,6 +15,7 @@ use crate::demo::random_seed;
 use crate::environment::Environment;
 use crate::error::{Error, Result, with_sources};
 use crate::prepare::{Job, MachineOptions, Prepared};
+use crate::reconcile;
 use crate::report::Report;
 use crate::run::{End, pass_on};
 use crate::sampler::{History, Sampler};
@@ -179,7 +180,9 @@ pub fn run(options: &MachineOptions, wanted: Wanted, sampler: Option<Sampler>) -
         seed,
         rounds: results.rounds,
         cells: results.cells(),
-        failed: results.failed() || finished.end != End::Status(0),
+        failed: results.failed()
+            || finished.end != End::Status(0)
+            || reconcile::tell(&finished.devices, false),
         boot_seconds: finished.boot.as_secs_f64(),
         bench_seconds,
         seconds: started.elapsed().as_secs_f64(),

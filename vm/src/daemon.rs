@@ -44,8 +44,17 @@ pub struct Counters {
     pub fill: Operation,
 }
 
+/// Both ways in which the daemon tells what it has counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// The counters.
+    pub counters: Counters,
+    /// The sums of the statistics of all its queues.
+    pub queues: Counters,
+}
+
 #[derive(Deserialize)]
-struct Counted {
+struct Answer {
     counters: Counters,
 }
 
@@ -61,7 +70,7 @@ enum Reply<T> {
 /// # Errors
 /// Nobody answers, or the answer is an error.
 pub fn counters(socket: &Path) -> Result<Counters> {
-    ask(socket, "counters", PATIENCE).map(|Counted { counters }| counters)
+    ask(socket, "counters", PATIENCE).map(|Answer { counters }| counters)
 }
 
 /// Asks it for all that it counts.
@@ -85,6 +94,23 @@ fn ask<T: DeserializeOwned>(socket: &Path, command: &str, patience: Duration) ->
         Ok(Reply::Error { error }) => Err(Error::Control(error)),
         Err(_) => Err(Error::Control(line)),
     }
+}
+
+/// Asks the daemon behind this control socket for its counters and its statistics; they can
+/// only be compared while no VM uses it.
+///
+/// # Errors
+/// Nobody answers, or the answer is an error.
+pub fn counted(socket: &Path) -> Result<Counted> {
+    let statistics = statistics(socket, PATIENCE)?;
+    Ok(Counted {
+        counters: counters(socket)?,
+        queues: Counters {
+            to_device: statistics.sum("to_device"),
+            from_device: statistics.sum("from_device"),
+            fill: statistics.sum("fill"),
+        },
+    })
 }
 
 /// Where the sockets of a device are.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::accelerator::Accelerator;
 use crate::error::{Error, Result};
 use crate::prepare::{Job, MachineOptions, Prepared};
-use crate::reconcile::{self, Guest, PRINT_COUNTERS, Sides, grouped};
+use crate::reconcile::{self, Sides, grouped};
 use crate::report::Report;
 use crate::run::{End, pass_on};
 
@@ -107,7 +107,6 @@ pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
     let script = format!(
         "status=0
         for device in /dev/hmm*; do {stress} --device $device || status=$?; done
-        {PRINT_COUNTERS}
         exit $status"
     );
     let mut lines = Lines::default();
@@ -122,14 +121,11 @@ pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
         }
         Stream::Stderr => pass_on(Stream::Stderr, data),
     })?;
-    let Lines {
-        summaries, guest, ..
-    } = lines;
-    if summaries.is_empty() || summaries.len() != finished.counters.len() {
+    let Lines { summaries, .. } = lines;
+    if summaries.is_empty() || summaries.len() != finished.devices.len() {
         return Err(Error::Stress(finished.end));
     }
-    let devices = reconcile::devices(&guest, &finished.counters);
-    let mut demo = Demo::new(&summaries, devices);
+    let mut demo = Demo::new(&summaries, finished.devices);
     // Status 1 is a failed scenario, which the summary tells better.
     if !matches!(finished.end, End::Status(0 | 1)) {
         return Err(Error::Stress(finished.end));
@@ -154,12 +150,11 @@ pub(crate) fn random_seed() -> u64 {
     })
 }
 
-/// The stress programs' lines as they come in, and the driver's counters after them.
+/// The stress programs' lines as they come in.
 #[derive(Default)]
 struct Lines {
     partial: Vec<u8>,
     summaries: Vec<Summary>,
-    guest: Guest,
 }
 
 impl Lines {
@@ -171,8 +166,6 @@ impl Lines {
             // The program tells a person on standard error how each scenario ended.
             if let Ok(Line::Summary(summary)) = serde_json::from_slice(&line) {
                 self.summaries.push(*summary);
-            } else {
-                self.guest.add_line(&String::from_utf8_lossy(&line));
             }
         }
     }
@@ -325,13 +318,14 @@ fn megabytes(bytes_per_second: u64) -> String {
     format!("{} MB/s", bytes_per_second / 1_000_000)
 }
 
-fn microseconds(ns: u64) -> String {
+pub(crate) fn microseconds(ns: u64) -> String {
     format!("{}.{} µs", ns / 1000, ns % 1000 / 100)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::Counts;
     use crate::reconcile::tests::agreeing;
     use hmm_stress::report::{Latency, Transfer};
 
@@ -368,7 +362,7 @@ mod tests {
 
     fn devices(count: usize) -> Vec<reconcile::Device> {
         let (guest, host) = agreeing();
-        let one = reconcile::devices(&guest, &[Some(host)]);
+        let one = reconcile::devices(&guest, &[Counts::All(host)]);
         one.into_iter().cycle().take(count).collect()
     }
 

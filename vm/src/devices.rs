@@ -6,7 +6,7 @@ use std::process::ExitStatus;
 
 use rustix::process::Signal;
 
-use crate::daemon::{self, Counters, Sockets};
+use crate::daemon::{self, Counted, Sockets};
 use crate::error::{Error, Result};
 use crate::process::Guarded;
 use crate::profile::Device;
@@ -24,6 +24,19 @@ struct Slot {
     sockets: Sockets,
     log: PathBuf,
     daemon: Daemon,
+    /// Whether it is not what it was when the machine started.
+    changed: bool,
+}
+
+/// What the host has counted of a device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Counts {
+    /// Since the machine started.
+    All(Counted),
+    /// Its daemon has ended by itself.
+    Gone,
+    /// The guest had it unplugged or killed.
+    Changed,
 }
 
 #[derive(Debug)]
@@ -72,6 +85,7 @@ impl Devices {
                         sockets,
                         log,
                         daemon,
+                        changed: false,
                     })
                 })
                 .collect::<Result<_>>()?,
@@ -79,6 +93,7 @@ impl Devices {
                 sockets: sockets.clone(),
                 log: log(0),
                 daemon: Daemon::Others,
+                changed: false,
             }],
         };
         Ok(Self {
@@ -109,18 +124,20 @@ impl Devices {
             })
     }
 
-    /// The counters of every device, by slot; `None` for one that is gone.
-    pub(crate) fn counters(&mut self) -> Result<Vec<Option<Counters>>> {
+    /// What was counted of every device, by slot.
+    pub(crate) fn counts(&mut self) -> Result<Vec<Counts>> {
         self.slots
             .iter_mut()
             .map(|slot| {
-                let gone = match &mut slot.daemon {
-                    Daemon::Own(_, daemon) => daemon.ended().is_some(),
-                    Daemon::Ended(_) => true,
-                    Daemon::Others => false,
-                };
-                let counters = (!gone).then(|| daemon::counters(&slot.sockets.control));
-                counters.transpose()
+                if slot.changed {
+                    return Ok(Counts::Changed);
+                }
+                if let Daemon::Own(_, daemon) = &mut slot.daemon
+                    && daemon.ended().is_some()
+                {
+                    return Ok(Counts::Gone);
+                }
+                daemon::counted(&slot.sockets.control).map(Counts::All)
             })
             .collect()
     }
@@ -128,6 +145,7 @@ impl Devices {
     /// Ends the daemon of a device, by SIGTERM.
     pub(crate) fn end(&mut self, slot: u32) -> Result<()> {
         let slot = self.slot(slot)?;
+        slot.changed = true;
         if let Daemon::Own(program, _) = &slot.daemon {
             slot.daemon = Daemon::Ended(program.clone());
         }

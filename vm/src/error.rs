@@ -4,12 +4,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
+use virtio_hmm_client::counters::CountersError;
+
 use crate::run::End;
 
 /// Status of a run that ended at a limit of time, as timeout(1) has it.
 pub const EXIT_TIMEOUT: u8 = 124;
 /// Status of a run whose guest kernel complained.
 pub const EXIT_KERNEL: u8 = 123;
+/// Status of a run after which the two sides of a device did not agree.
+pub const EXIT_COUNTERS: u8 = 122;
 /// Status of every other failure of the tool, the machine or the device daemon.
 pub const EXIT_FAILURE: u8 = 125;
 
@@ -83,6 +87,8 @@ pub enum Error {
     Init(String),
     #[error("the guest sent a line that is no message")]
     Protocol(#[source] io::Error),
+    #[error("the guest sent counters that are none")]
+    Counters(#[source] CountersError),
     #[error("the guest's program ended early, with status {}", .0.exit_status())]
     Stress(End),
     #[error("the device daemon's control socket answered: {0}")]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use hmm_bench::contender::Contender;
 use hmm_vm::apt::MIRROR_VARIABLE;
-use hmm_vm::error::with_sources;
+use hmm_vm::error::{EXIT_COUNTERS, with_sources};
 use hmm_vm::page::Pages;
 use hmm_vm::paths::{Cache, remove_all};
 use hmm_vm::prepare::{Job, MachineOptions, Prepared, dry_run, log_tail};
@@ -18,7 +18,7 @@ use hmm_vm::sampler::Sampler;
 use hmm_vm::stress::{self, Wanted};
 use hmm_vm::toolbox::{self, TOOLBOX_VARIABLE};
 use hmm_vm::units::parse_duration;
-use hmm_vm::{Error, Result, bench, demo, doctor, testing};
+use hmm_vm::{Error, Result, bench, demo, doctor, reconcile, testing};
 use serde::Serialize;
 
 #[derive(Parser)]
@@ -36,7 +36,8 @@ enum Command {
     /// Run a command in the guest and end with its exit status
     #[command(
         after_help = "Exit status: the command's own (128+N if signal N ended it); \
-        123 the guest's kernel complained, 124 a time limit, 125 any other failure."
+        122 driver and device counted different amounts, 123 the guest's kernel complained, \
+        124 a time limit, 125 any other failure."
     )]
     Run {
         #[command(flatten)]
@@ -47,6 +48,9 @@ enum Command {
         /// Set a variable in the command's environment (again for more)
         #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
         env: Vec<(String, String)>,
+        /// Show on standard error what driver and device counted
+        #[arg(long, conflicts_with = "no_device")]
+        counters: bool,
         /// The command and its arguments
         #[arg(last = true, required = true)]
         command: Vec<String>,
@@ -92,8 +96,8 @@ enum Command {
     },
     /// Measure the device beside test_hmm, swap and zram
     #[command(
-        after_help = "Exit status: 0 only if all was measured that can be, and every byte was \
-        right; 1 if not, 123 to 125 as for run."
+        after_help = "Exit status: 0 only if all was measured that can be, every byte was right \
+        and the counters reconcile; 1 if not, 123 to 125 as for run."
     )]
     Bench {
         #[command(flatten)]
@@ -144,6 +148,9 @@ enum Command {
         /// Copy a file or directory into the guest's /root (again for more)
         #[arg(long, value_name = "PATH")]
         with: Vec<PathBuf>,
+        /// Show on standard error what driver and device counted
+        #[arg(long, conflicts_with = "no_device")]
+        counters: bool,
     },
 }
 
@@ -175,9 +182,11 @@ fn execute(command: Command) -> Result<u8> {
             machine,
             with,
             env,
+            counters,
             command,
         } => run(
             &machine,
+            counters,
             &Job {
                 command,
                 files: with,
@@ -260,12 +269,17 @@ fn execute(command: Command) -> Result<u8> {
             Ok(u8::from(!doctor::run(toolbox, mirror.as_deref())?))
         }
         Command::Clean => clean().map(|()| 0),
-        Command::Boot { machine, with } => {
+        Command::Boot {
+            machine,
+            with,
+            counters,
+        } => {
             let interactive = stdin().is_terminal() && stdout().is_terminal();
             let mut command = vec!["sh".to_owned()];
             command.extend(interactive.then(|| "-l".to_owned()));
             run(
                 &machine,
+                counters,
                 &Job {
                     command,
                     files: with,
@@ -303,11 +317,14 @@ fn clean() -> Result<()> {
     Ok(())
 }
 
-fn run(machine: &MachineOptions, job: &Job) -> Result<u8> {
+fn run(machine: &MachineOptions, counters: bool, job: &Job) -> Result<u8> {
     if machine.dry_run {
         print!("{}", dry_run(machine, job.interactive)?);
         return Ok(0);
     }
     let finished = Prepared::new(machine)?.run(job, &mut pass_on)?;
+    if reconcile::tell(&finished.devices, counters) {
+        return Ok(EXIT_COUNTERS);
+    }
     Ok(finished.end.exit_status())
 }

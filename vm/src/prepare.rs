@@ -147,6 +147,8 @@ pub struct Job {
     pub interactive: bool,
     /// Give it this process's standard input.
     pub forward_input: bool,
+    /// Unload the driver when it has ended.
+    pub unload: bool,
     /// Watch the devices meanwhile.
     pub sampler: Option<Sampler>,
 }
@@ -357,6 +359,7 @@ impl Prepared {
                 nodes: (0..self.profile.device.count)
                     .map(|number| format!("/dev/hmm{number}"))
                     .collect(),
+                unload: job.unload,
             }),
             terminal: job.interactive.then(terminal::size),
         };

@@ -4,12 +4,44 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::ops::Add;
 
+use hmm_stress::report::Latency;
 use serde::Serialize;
+use virtio_hmm_client::counters::{Counters, CountersError};
 
-use crate::daemon::{Counters, Operation};
+use crate::daemon::{Counted, Operation};
+use crate::demo::microseconds;
+use crate::devices::Counts;
 
-/// Shell commands that print the driver's counters of every device, for [`Guest::add_line`].
-pub const PRINT_COUNTERS: &str = "grep '' /sys/kernel/debug/virtio_hmm/*/counters /dev/null";
+/// What a page migrates for, by the driver's names, and what its pages are counted as.
+const TRIGGERS: [(&str, &str); 6] = [
+    ("ioctl_to_device", "pages_to_device"),
+    ("ioctl_to_system", "pages_to_system"),
+    ("release", "pages_released"),
+    ("cpu_fault", "pages_faulted"),
+    ("eviction", "pages_evicted"),
+    ("evacuation", "pages_evacuated"),
+];
+/// The phases of a migration, by the driver's names.
+const PHASES: [&str; 4] = ["setup", "copy", "pages", "finalize"];
+
+/// The kinds of request, and the driver's counters of the pages that each frame of such a
+/// request has to be found in.
+const OPERATIONS: [(&str, &[&str]); 3] = [
+    ("to_device", &["pages_to_device", "to_device_unused"]),
+    (
+        "from_device",
+        &[
+            "pages_to_system",
+            "pages_released",
+            "pages_faulted",
+            "pages_evicted",
+            "pages_evacuated",
+            "pages_to_peer",
+            "from_device_unused",
+        ],
+    ),
+    ("fill", &["pages_filled", "fill_unused"]),
+];
 
 /// Amounts of both sides of the device for one kind of request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -18,11 +50,28 @@ pub struct Sides {
     pub guest: Amounts,
     /// By the daemon's counters.
     pub host: Amounts,
+    /// By the daemon's statistics of each queue.
+    pub queues: Amounts,
 }
 
 impl Sides {
-    fn agree(&self) -> bool {
-        self.guest == self.host
+    /// Whether all of it is the same.
+    #[must_use]
+    pub fn agree(&self) -> bool {
+        self.guest == self.host && self.host == self.queues
+    }
+}
+
+impl Sides {
+    /// What is compared: its name, and the numbers of the guest, the host and its queues.
+    pub(crate) fn rows(&self) -> [(&'static str, [u64; 3]); 4] {
+        let all = [self.guest, self.host, self.queues];
+        [
+            ("requests", all.map(|amounts| amounts.requests)),
+            ("frames", all.map(|amounts| amounts.frames)),
+            ("bytes", all.map(|amounts| amounts.bytes)),
+            ("pages", all.map(|amounts| amounts.pages)),
+        ]
     }
 }
 
@@ -33,6 +82,7 @@ impl Add for Sides {
         Self {
             guest: self.guest + other.guest,
             host: self.host + other.host,
+            queues: self.queues + other.queues,
         }
     }
 }
@@ -46,6 +96,9 @@ pub struct Amounts {
     pub frames: u64,
     /// Bytes in these frames.
     pub bytes: u64,
+    /// Pages that the frames were copied or filled for. The driver counts them as they move;
+    /// on the other side they are the frames.
+    pub pages: u64,
 }
 
 impl Add for Amounts {
@@ -53,9 +106,10 @@ impl Add for Amounts {
 
     fn add(self, other: Self) -> Self {
         Self {
-            requests: self.requests + other.requests,
-            frames: self.frames + other.frames,
-            bytes: self.bytes + other.bytes,
+            requests: self.requests.saturating_add(other.requests),
+            frames: self.frames.saturating_add(other.frames),
+            bytes: self.bytes.saturating_add(other.bytes),
+            pages: self.pages.saturating_add(other.pages),
         }
     }
 }
@@ -72,6 +126,7 @@ impl From<Operation> for Amounts {
             requests,
             frames,
             bytes,
+            pages: frames,
         }
     }
 }
@@ -79,23 +134,30 @@ impl From<Operation> for Amounts {
 /// What driver and daemon counted of copies to the device, back, and fills, by the names of
 /// the driver's counters.
 #[must_use]
-pub fn sides(guest: impl Fn(&str) -> u64, host: &Counters) -> BTreeMap<&'static str, Sides> {
-    let operations = [
-        ("to_device", host.to_device),
-        ("from_device", host.from_device),
-        ("fill", host.fill),
-    ];
-    operations
+pub fn sides(guest: impl Fn(&str) -> u64, host: &Counted) -> BTreeMap<&'static str, Sides> {
+    OPERATIONS
         .into_iter()
-        .map(|(name, operation)| {
+        .map(|(name, pages)| {
             let amount = |what: &str| guest(&format!("{name}_{what}"));
+            let of = |counters: &crate::daemon::Counters| -> Amounts {
+                match name {
+                    "to_device" => counters.to_device,
+                    "from_device" => counters.from_device,
+                    _ => counters.fill,
+                }
+                .into()
+            };
             let sides = Sides {
                 guest: Amounts {
                     requests: amount("requests"),
                     frames: amount("frames"),
                     bytes: amount("bytes"),
+                    pages: pages
+                        .iter()
+                        .fold(0, |sum, name| guest(name).saturating_add(sum)),
                 },
-                host: operation.into(),
+                host: of(&host.counters),
+                queues: of(&host.queues),
             };
             (name, sides)
         })
@@ -104,32 +166,72 @@ pub fn sides(guest: impl Fn(&str) -> u64, host: &Counters) -> BTreeMap<&'static 
 
 /// The driver's counters in the guest, by device.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Guest(BTreeMap<String, BTreeMap<String, u64>>);
+pub struct Guest(BTreeMap<String, Driver>);
+
+/// The driver's counters of one device.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Driver {
+    counters: BTreeMap<String, u64>,
+    fault_latency_ns: Latency,
+}
+
+impl Driver {
+    /// A counter; 0 if there is none.
+    #[must_use]
+    pub fn get(&self, name: &str) -> u64 {
+        self.counters.get(name).copied().unwrap_or(0)
+    }
+
+    /// What keeps these counters from being all that happened.
+    fn incomplete(&self) -> Option<String> {
+        let in_use = self
+            .get("frames_total")
+            .wrapping_sub(self.get("frames_free"));
+        if self.get("broken") != 0 {
+            Some("the driver gave it up".into())
+        } else if in_use > 0 {
+            Some(format!("{in_use} of its frames were still in use"))
+        } else {
+            None
+        }
+    }
+}
 
 impl Guest {
-    /// Takes a line that [`PRINT_COUNTERS`] prints; false if it is another line.
-    pub fn add_line(&mut self, line: &str) -> bool {
-        let parts = || {
-            let rest = line.strip_prefix("/sys/kernel/debug/virtio_hmm/")?;
-            let (device, rest) = rest.split_once("/counters:")?;
-            let (name, value) = rest.split_once(' ')?;
-            Some((device, name, value.trim().parse().ok()?))
+    /// Takes the counters of one device, as they are in debugfs.
+    ///
+    /// # Errors
+    /// They are not counters.
+    pub fn add(
+        &mut self,
+        device: String,
+        counters: &str,
+        fault_latency: &str,
+    ) -> Result<(), CountersError> {
+        let counters = Counters::parse(counters)?;
+        let buckets = Counters::parse(fault_latency)?;
+        let buckets = buckets.iter();
+        let buckets = buckets.filter_map(|(bound, number)| Some((bound.parse().ok()?, number)));
+        let driver = Driver {
+            counters: counters
+                .iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect(),
+            fault_latency_ns: Latency::of_buckets(buckets),
         };
-        let Some((device, name, value)) = parts() else {
-            return false;
-        };
-        let counters = self.0.entry(device.to_owned()).or_default();
-        counters.insert(name.to_owned(), value);
-        true
+        self.0.insert(device, driver);
+        Ok(())
+    }
+
+    /// Forgets all devices: they were counted by a kernel that is gone.
+    pub fn clear(&mut self) {
+        self.0.clear();
     }
 
     /// A counter of a device; 0 if there is none.
     #[must_use]
     pub fn get(&self, device: &str, name: &str) -> u64 {
-        let counters = self.0.get(device);
-        counters
-            .and_then(|counters| counters.get(name))
-            .map_or(0, |&value| value)
+        self.0.get(device).map_or(0, |driver| driver.get(name))
     }
 }
 
@@ -142,6 +244,10 @@ pub struct Device {
     pub counters: BTreeMap<&'static str, Sides>,
     /// Whether they all agree.
     pub reconciled: bool,
+    /// Why they could not.
+    pub not_compared: Option<String>,
+    /// All that the driver has counted.
+    pub driver: Driver,
 }
 
 impl Device {
@@ -152,21 +258,42 @@ impl Device {
         let sides = self.counters.get("to_device");
         sides.is_some_and(|sides| sides.host.frames > 0)
     }
+
+    /// Whether there is a difference that nothing explains.
+    #[must_use]
+    pub fn differs(&self) -> bool {
+        !self.reconciled && self.not_compared.is_none()
+    }
 }
 
 /// Compares the sides of every device. The driver numbers the devices as they are plugged.
 #[must_use]
-pub fn devices(guest: &Guest, host: &[Option<Counters>]) -> Vec<Device> {
+pub(crate) fn devices(guest: &Guest, host: &[Counts]) -> Vec<Device> {
     host.iter()
         .enumerate()
         .map(|(slot, host)| {
             let device = format!("hmm{slot}");
-            let host = host.unwrap_or_default();
-            let counters = sides(|name| guest.get(&device, name), &host);
+            let driver = guest.0.get(&device);
+            let (host, not_compared) = match host {
+                Counts::Gone => (None, Some("its daemon is gone".into())),
+                Counts::Changed => (None, Some("the guest had it unplugged or killed".into())),
+                Counts::All(host) => (
+                    Some(host),
+                    match driver {
+                        None => Some("the driver has not told of all of the run".into()),
+                        Some(driver) => driver.incomplete(),
+                    },
+                ),
+            };
+            let host = host.copied().unwrap_or_default();
+            let driver = driver.cloned().unwrap_or_default();
+            let counters = sides(|name| driver.get(name), &host);
             Device {
                 device,
-                reconciled: counters.values().all(Sides::agree),
+                reconciled: not_compared.is_none() && counters.values().all(Sides::agree),
                 counters,
+                not_compared,
+                driver,
             }
         })
         .collect()
@@ -186,25 +313,96 @@ pub fn total(devices: &[Device]) -> BTreeMap<&'static str, Sides> {
 /// A table of both sides for a person.
 #[must_use]
 pub fn table(counters: &BTreeMap<&'static str, Sides>) -> String {
-    let mut text = format!("{:<18}{:>16}{:>16}\n", "", "guest", "host");
+    let mut text = format!(
+        "{:<18}{:>16}{:>16}{:>16}\n",
+        "", "guest", "host", "its queues"
+    );
     for (name, sides) in counters {
-        let name = name.replace('_', " ");
-        for (what, guest, host) in [
-            ("requests", sides.guest.requests, sides.host.requests),
-            ("frames", sides.guest.frames, sides.host.frames),
-            ("bytes", sides.guest.bytes, sides.host.bytes),
-        ] {
-            let sign = if guest == host { "" } else { "  differs" };
-            let _ = writeln!(
-                text,
-                "{:<20}{:>16}{:>16}{sign}",
-                format!("{name} {what}"),
-                grouped(guest),
-                grouped(host)
-            );
+        for (what, numbers) in sides.rows() {
+            let [guest, host, queues] = numbers.map(grouped);
+            let name = format!("{} {what}", name.replace('_', " "));
+            let mark = differs(numbers);
+            let line = format!("{name:<20}{guest:>14}{host:>16}{queues:>16}  {mark}");
+            let _ = writeln!(text, "{}", line.trim_end());
         }
     }
     text
+}
+
+/// The mark of numbers that are not all the same.
+pub(crate) fn differs([guest, host, queues]: [u64; 3]) -> &'static str {
+    if guest == host && host == queues {
+        ""
+    } else {
+        "differs"
+    }
+}
+
+/// What migrated why and for how long, for a person.
+fn migrations(driver: &Driver) -> String {
+    let mut text = format!("{:<18}{:>10}{:>12}", "", "number", "pages");
+    for phase in PHASES {
+        let _ = write!(text, "{:>14}", format!("{phase}, ms"));
+    }
+    text.push('\n');
+    for (trigger, pages) in TRIGGERS {
+        let number = driver.get(&format!("{trigger}_migrate_count"));
+        if number == 0 {
+            continue;
+        }
+        let name = trigger.replace('_', " ");
+        let pages = grouped(driver.get(pages));
+        let _ = write!(text, "{name:<18}{:>10}{pages:>12}", grouped(number));
+        for phase in PHASES {
+            let ns = driver.get(&format!("{trigger}_migrate_{phase}_ns"));
+            let _ = write!(
+                text,
+                "{:>12}.{}",
+                grouped(ns / 1_000_000),
+                ns / 100_000 % 10
+            );
+        }
+        text.push('\n');
+    }
+    let Latency {
+        count, p50, p99, ..
+    } = driver.fault_latency_ns;
+    if count > 0 {
+        let _ = writeln!(
+            text,
+            "{} CPU faults: half took less than {}, 99 % less than {}",
+            grouped(count),
+            microseconds(p50),
+            microseconds(p99)
+        );
+    }
+    text
+}
+
+/// Both sides of the devices, one by one.
+fn report<'a>(devices: impl IntoIterator<Item = &'a Device>) -> String {
+    let mut text = String::new();
+    for device in devices {
+        if let Some(reason) = &device.not_compared {
+            let _ = writeln!(text, "{} is not compared: {reason}", device.device);
+        } else {
+            let _ = writeln!(text, "{}\n{}", device.device, table(&device.counters));
+            text += &migrations(&device.driver);
+        }
+    }
+    text
+}
+
+/// Shows on standard error both sides of the devices on which they differ, or of all. Says
+/// whether there are any that differ.
+pub fn tell(devices: &[Device], all: bool) -> bool {
+    let shown = devices.iter().filter(|device| all || device.differs());
+    eprint!("{}", report(shown));
+    let differ = devices.iter().any(Device::differs);
+    if differ {
+        eprintln!("virtio-hmm: driver and device counted different amounts");
+    }
+    differ
 }
 
 /// 1234567 as 1,234,567.
@@ -224,52 +422,131 @@ pub fn grouped(number: u64) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::daemon;
 
     /// A device whose two sides counted the same, and more than nothing.
-    pub(crate) fn agreeing() -> (Guest, Counters) {
+    pub(crate) fn agreeing() -> (Guest, Counted) {
         let one = Operation {
             requests: 3,
             frames: 1000,
             bytes: 1000 * 4096,
             errors: 0,
         };
-        let host = Counters {
+        let counters = daemon::Counters {
             to_device: one,
             from_device: one,
             fill: one,
         };
-        let mut guest = Guest::default();
-        for name in ["to_device", "from_device", "fill"] {
+        let host = Counted {
+            counters,
+            queues: counters,
+        };
+        let mut text = String::new();
+        for (name, pages) in OPERATIONS {
             for (what, amount) in [("requests", 3), ("frames", 1000), ("bytes", 1000 * 4096)] {
-                let line =
-                    format!("/sys/kernel/debug/virtio_hmm/hmm0/counters:{name}_{what} {amount}");
-                assert!(guest.add_line(&line));
+                let _ = writeln!(text, "{name}_{what} {amount}");
             }
+            let others = 100 * (pages.len() as u64 - 1);
+            for counter in pages.iter().skip(1) {
+                let _ = writeln!(text, "{counter} 100");
+            }
+            let _ = writeln!(text, "{} {}", pages[0], 1000 - others);
         }
+        text += "frames_total 512\nframes_free 512\nbroken 0\n";
+        let mut guest = Guest::default();
+        guest.add("hmm0".into(), &text, "1000 1\n").unwrap();
         (guest, host)
+    }
+
+    fn change(guest: &mut Guest, name: &str, change: impl Fn(&mut u64)) {
+        let driver = guest.0.get_mut("hmm0").unwrap();
+        change(driver.counters.get_mut(name).unwrap());
+    }
+
+    fn compare(guest: &Guest, host: Counted) -> Device {
+        let mut devices = devices(guest, &[Counts::All(host)]);
+        devices.pop().unwrap()
     }
 
     #[test]
     fn sides_that_agree_reconcile() {
         let (guest, host) = agreeing();
-        let devices = devices(&guest, &[Some(host)]);
-        assert!(devices[0].reconciled);
-        assert!(!table(&total(&devices)).contains("differs"));
+        let device = compare(&guest, host);
+        assert!(device.reconciled && !device.differs());
+        let text = report([&device]);
+        assert!(
+            !text.contains("differs") && text.contains("1 CPU faults"),
+            "{text}"
+        );
+    }
+
+    /// A request that the device lost, or did twice, is missing or too much on its side.
+    #[test]
+    fn one_request_or_frame_of_difference_is_found_and_shown() {
+        let (guest, right) = agreeing();
+        let wrong: [fn(&mut daemon::Counters); 6] = [
+            |counters| counters.to_device.requests -= 1,
+            |counters| counters.to_device.requests += 1,
+            |counters| counters.from_device.frames -= 1,
+            |counters| counters.from_device.frames += 1,
+            |counters| counters.fill.bytes -= 1,
+            |counters| counters.fill.bytes += 4096,
+        ];
+        for wrong in wrong {
+            let mut host = right;
+            wrong(&mut host.counters);
+            for host in [
+                host,
+                Counted {
+                    queues: host.counters,
+                    ..host
+                },
+                Counted {
+                    counters: right.counters,
+                    queues: host.counters,
+                },
+            ] {
+                let device = compare(&guest, host);
+                assert!(device.differs(), "{host:?}");
+                assert!(report([&device]).contains("differs"), "{host:?}");
+            }
+        }
     }
 
     #[test]
-    fn one_frame_of_difference_is_found_and_shown() {
-        let (guest, mut host) = agreeing();
-        host.fill.frames += 1;
-        let devices = devices(&guest, &[Some(host)]);
-        assert!(!devices[0].reconciled);
-        assert!(table(&total(&devices)).contains("differs"));
+    fn every_frame_has_to_be_found_among_the_pages() {
+        let (right, host) = agreeing();
+        for name in OPERATIONS.iter().flat_map(|(_, pages)| *pages) {
+            for by in [1, u64::MAX] {
+                let mut guest = right.clone();
+                change(&mut guest, name, |value| *value = value.wrapping_add(by));
+                assert!(compare(&guest, host).differs(), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_agree_is_not_compared() {
+        let (right, host) = agreeing();
+        let mut wrong = host;
+        wrong.counters.fill.requests += 1;
+        for counts in [Counts::Gone, Counts::Changed] {
+            assert!(devices(&right, &[counts])[0].not_compared.is_some());
+        }
+        assert!(compare(&Guest::default(), wrong).not_compared.is_some());
+        for (name, value) in [("broken", 1), ("frames_free", 511)] {
+            let mut guest = right.clone();
+            change(&mut guest, name, |counter| *counter = value);
+            let device = compare(&guest, wrong);
+            assert!(!device.reconciled && !device.differs(), "{name}");
+            assert!(report([&device]).contains("not compared"), "{name}");
+        }
     }
 
     #[test]
     fn each_device_has_to_agree_with_its_own_daemon() {
         let (guest, host) = agreeing();
-        let devices = devices(&guest, &[Some(host), Some(host)]);
+        let devices = devices(&guest, &[Counts::All(host), Counts::All(host)]);
         let reconciled: Vec<bool> = devices.iter().map(|device| device.reconciled).collect();
         assert_eq!(reconciled, [true, false]);
         assert_eq!(total(&devices)["fill"].host.frames, 2000);
@@ -277,8 +554,17 @@ pub(crate) mod tests {
 
     #[test]
     fn a_device_that_moved_nothing_was_not_used() {
-        let devices = devices(&Guest::default(), &[Some(Counters::default())]);
-        assert!(devices[0].reconciled && !devices[0].was_used());
+        let mut guest = Guest::default();
+        guest.add("hmm0".into(), "", "").unwrap();
+        let device = compare(&guest, Counted::default());
+        assert!(device.reconciled && !device.was_used());
+    }
+
+    #[test]
+    fn what_is_no_counter_is_refused() {
+        let mut guest = Guest::default();
+        assert!(guest.add("hmm0".into(), "frames\n", "").is_err());
+        assert!(guest.add("hmm0".into(), "", "1000\n").is_err());
     }
 
     #[test]

@@ -20,11 +20,13 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::actions::{Host, lock};
 use crate::console::Follower;
-use crate::daemon::{Counters, Sockets};
+use crate::daemon::Sockets;
 use crate::devices::Devices;
 use crate::error::{Error, FileContext, Result};
 use crate::machine::{Machine, RunFiles};
 use crate::process::{Guarded, describe, tail};
+use crate::reconcile::{self, Guest};
+use crate::report::Report;
 use crate::sampler::Sampler;
 use crate::terminal;
 use crate::units::Size;
@@ -88,8 +90,10 @@ pub struct Finished {
     pub kernel: String,
     /// From QEMU's start to the guest's first line.
     pub boot: Duration,
-    /// The daemons' counters after the guest has gone, for each device; `None` if it is gone.
-    pub counters: Vec<Option<Counters>>,
+    /// What both sides of each device have counted, once the guest has gone.
+    pub devices: Vec<reconcile::Device>,
+    /// Whether the driver could be unloaded, if it was to be.
+    pub unloaded: bool,
 }
 
 /// What a run is made of.
@@ -197,6 +201,7 @@ impl Run<'_> {
             console: Follower::open(&files.console_log).at("read", &files.console_log)?,
             signals,
             guest,
+            counted: Guest::default(),
         };
         let finished = watch.follow(&mut qemu, &devices, &qemu_log, terminal.as_ref(), output);
         drop(terminal);
@@ -204,7 +209,7 @@ impl Run<'_> {
         drop(disk);
         drop(sampling);
         let mut finished = finished?;
-        finished.counters = lock(&devices).counters()?;
+        finished.devices = reconcile::devices(&watch.counted, &lock(&devices).counts()?);
         Ok(finished)
     }
 }
@@ -255,6 +260,7 @@ struct Watch {
     console: Follower,
     signals: Signals,
     guest: Receiver<io::Result<Event>>,
+    counted: Guest,
 }
 
 impl Watch {
@@ -269,6 +275,8 @@ impl Watch {
         let mut kernel = String::new();
         let mut boot = Duration::ZERO;
         let mut end = None;
+        let mut again = false;
+        let mut unloaded = false;
         let mut complained = None;
         loop {
             // The guest's last words come before QEMU's end.
@@ -283,10 +291,28 @@ impl Watch {
                     Event::Boot {
                         kernel: release, ..
                     } => {
+                        again = !kernel.is_empty();
                         kernel = release;
                         boot = self.started.elapsed();
                     }
                     Event::Driver | Event::Alive => {}
+                    Event::Counters {
+                        device,
+                        counters,
+                        fault_latency,
+                    } => {
+                        // The daemon has counted what another kernel's driver did as well.
+                        if !again {
+                            let added = self.counted.add(device, &counters, &fault_latency);
+                            added.map_err(Error::Counters)?;
+                        }
+                    }
+                    Event::Unloaded { error } => {
+                        unloaded = error.is_none();
+                        if let Some(error) = error {
+                            Report.line(&format!("the driver cannot be unloaded: {error}"));
+                        }
+                    }
                     Event::Output {
                         stream,
                         data: Bytes(data),
@@ -333,7 +359,8 @@ impl Watch {
                         end,
                         kernel,
                         boot,
-                        counters: Vec::new(),
+                        devices: Vec::new(),
+                        unloaded,
                     }),
                     None => Err(Error::PoweredOff),
                 };
@@ -343,7 +370,8 @@ impl Watch {
                     end: End::Status(0),
                     kernel,
                     boot,
-                    counters: Vec::new(),
+                    devices: Vec::new(),
+                    unloaded,
                 });
             }
             if !self.limits.device_may_die
@@ -394,10 +422,7 @@ fn read_guest(listener: &UnixListener, forward_input: bool, to_self: &Sender<io:
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return,
             Err(error) => Err(error),
         };
-        let last = !matches!(
-            event,
-            Ok(Event::Boot { .. } | Event::Driver | Event::Alive | Event::Output { .. })
-        );
+        let last = matches!(event, Err(_) | Ok(Event::Exit { .. } | Event::Error { .. }));
         if to_self.send(event).is_err() || last {
             break;
         }

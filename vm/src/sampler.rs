@@ -46,12 +46,14 @@ struct Queue {
 
 #[derive(Clone, Debug, Deserialize)]
 struct Operation {
+    errors: u64,
     sizes: BTreeMap<String, Size>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
 struct Size {
     requests: u64,
+    frames: u64,
     bytes: u64,
     wait: Times,
     copy: Times,
@@ -141,6 +143,24 @@ impl Statistics {
             }
         }
         counts
+    }
+
+    /// The sum over all queues and sizes for one operation.
+    pub(crate) fn sum(&self, operation: &str) -> daemon::Operation {
+        let mut sum = daemon::Operation::default();
+        for operation in self
+            .queues
+            .iter()
+            .filter_map(|queue| queue.operations.get(operation))
+        {
+            sum.errors += operation.errors;
+            for size in operation.sizes.values() {
+                sum.requests += size.requests;
+                sum.frames += size.frames;
+                sum.bytes += size.bytes;
+            }
+        }
+        sum
     }
 
     /// Whether these counters go on from the earlier ones: another session's and another
@@ -461,6 +481,18 @@ pub(crate) mod tests {
             }],
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn operations_are_summed_over_queues_and_sizes() {
+        let mut reading = reading(1, 1, 5);
+        let mut second = reading.queues[0].clone();
+        let sizes = &mut second.operations.get_mut("to_device").unwrap().sizes;
+        sizes.insert("4K".into(), sizes["64K"].clone());
+        reading.queues.push(second);
+        let sum = reading.sum("to_device");
+        assert_eq!((sum.requests, sum.frames, sum.bytes), (15, 30, 15 * 8192));
+        assert_eq!(reading.sum("fill"), daemon::Operation::default());
     }
 
     fn recorded(readings: &[(f64, Statistics)]) -> History {

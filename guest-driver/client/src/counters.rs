@@ -91,6 +91,11 @@ impl Counters {
             .ok_or_else(|| CountersError::Missing(name.to_owned()))
     }
 
+    /// All counters by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.0.iter().map(|(name, &value)| (name.as_str(), value))
+    }
+
     /// How much each counter changed since `earlier`; a counter that `earlier`
     /// lacks counts from zero.
     #[must_use]

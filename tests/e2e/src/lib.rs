@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hmm_vm::build::Programs;
-use hmm_vm::daemon::{Counters, counters};
+use hmm_vm::daemon::{Counted, Counters, counted, counters};
 use hmm_vm::error::with_sources;
 use hmm_vm::testing::TOOL_VARIABLE;
 use libtest_mimic::{Completion, Failed, Trial};
@@ -497,6 +497,14 @@ impl Daemon {
     /// It does not answer.
     pub fn counters(&self) -> Result<Counters> {
         Ok(counters(&self.control())?)
+    }
+
+    /// All that it tells of what it counted.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn counted(&self) -> Result<Counted> {
+        Ok(counted(&self.control())?)
     }
 
     /// Sends a request to its control socket and returns the reply.

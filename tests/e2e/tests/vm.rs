@@ -16,7 +16,7 @@ use hmm_e2e::{
 };
 use hmm_hold::HELD;
 use hmm_stress::report::{Case, Line, Summary, Verdict};
-use hmm_vm::daemon::Counters;
+use hmm_vm::daemon::{Counted, Counters};
 use hmm_vm::initramfs::MODULE_PATH;
 use hmm_vm::reconcile::sides;
 use hmm_vm::testing::MODULES_VARIABLE;
@@ -556,7 +556,7 @@ fn stress_turn() -> Result {
 struct Shared {
     cases: Vec<Case>,
     summary: Box<Summary>,
-    host: Counters,
+    host: Counted,
     /// The tool's own failure, such as a complaint of the guest's kernel.
     failure: Option<String>,
 }
@@ -630,7 +630,7 @@ fn boot_once(tool: Tool, command: &[&str]) -> Result<Shared> {
     Ok(Shared {
         cases,
         summary: summary.ok_or_else(|| Failure(format!("no summary: {}", run.errors())))?,
-        host: daemon.counters()?,
+        host: daemon.counted()?,
         failure: (run.status() > 1).then(|| run.errors()),
     })
 }
@@ -667,7 +667,7 @@ fn reconciles(shared: &Shared) -> Result {
     check(
         sides
             .values()
-            .all(|sides| sides.guest == sides.host && sides.host.frames > 0),
+            .all(|sides| sides.agree() && sides.host.frames > 0),
         || format!("{sides:#?}"),
     )
 }

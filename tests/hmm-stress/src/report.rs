@@ -80,9 +80,9 @@ impl Latency {
     /// The times of which so many each were less than a bound.
     pub fn of_buckets(buckets: impl IntoIterator<Item = (u64, u64)>) -> Self {
         let buckets: BTreeMap<u64, u64> = buckets.into_iter().filter(|(_, n)| *n > 0).collect();
-        let count: u64 = buckets.values().sum();
+        let count = buckets.values().copied().fold(0, u64::saturating_add);
         let quantile = |percent: u64| {
-            let mut left = (count * percent).div_ceil(100);
+            let mut left = count.saturating_mul(percent).div_ceil(100);
             buckets.iter().find_map(|(bound, number)| {
                 let found = *number >= left;
                 left = left.saturating_sub(*number);

@@ -1,11 +1,13 @@
 //! First program of the guest.
 
 mod action;
+mod counters;
 
 use std::env;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
@@ -18,7 +20,9 @@ use hmm_init::{
 };
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{Pid, WaitOptions};
-use rustix::system::{RebootCommand, finit_module, reboot};
+use rustix::system::{RebootCommand, delete_module, finit_module, reboot};
+
+use crate::counters::{Devices, end_processes};
 
 /// How long output may be missing after the program's end before it counts
 /// as complete: a child of the program may hold the pipe open for ever.
@@ -28,6 +32,8 @@ const PATH: &str = "/root:/bin";
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
 /// The kernel's `MODULE_INIT_COMPRESSED_FILE`.
 const COMPRESSED: i32 = 4;
+/// How long the driver may take to be unloaded.
+const UNLOAD: Duration = Duration::from_secs(60);
 
 #[derive(Debug, thiserror::Error)]
 enum Error {
@@ -130,6 +136,7 @@ fn session(to_host: &mut File, from_host: Receiver<Vec<u8>>) -> Result<(), Error
         load_driver(driver)?;
         send(to_host, &Event::Driver).map_err(Error::Port)?;
     }
+    let devices = Devices::now();
 
     let pid = match start(&order, from_host, &events) {
         Ok(child) => child.id(),
@@ -184,6 +191,16 @@ fn session(to_host: &mut File, from_host: Receiver<Vec<u8>>) -> Result<(), Error
         if alive.elapsed().as_secs() >= ALIVE_SECONDS {
             send(to_host, &Event::Alive).map_err(Error::Port)?;
             alive = Instant::now();
+        }
+    }
+    if let Some(driver) = &order.driver {
+        end_processes();
+        for event in devices.counters() {
+            send(to_host, &event).map_err(Error::Port)?;
+        }
+        if driver.unload {
+            let error = unload(driver, to_host)?;
+            send(to_host, &Event::Unloaded { error }).map_err(Error::Port)?;
         }
     }
     send(
@@ -259,6 +276,23 @@ fn load_driver(driver: &Driver) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Unloads the driver; what speaks against it if that cannot be done.
+fn unload(driver: &Driver, to_host: &mut File) -> Result<Option<String>, Error> {
+    let name = Path::new(&driver.path).file_stem().unwrap_or_default();
+    let name = CString::new(name.as_bytes()).unwrap_or_default();
+    let (done, ended) = mpsc::channel();
+    // It does not come back while a page is in use.
+    thread::spawn(move || done.send(delete_module(&name, 0)));
+    let deadline = Instant::now() + UNLOAD;
+    while Instant::now() < deadline {
+        if let Ok(end) = ended.recv_timeout(Duration::from_secs(ALIVE_SECONDS)) {
+            return Ok(end.err().map(|error| error.to_string()));
+        }
+        send(to_host, &Event::Alive).map_err(Error::Port)?;
+    }
+    Ok(Some(format!("not within {} s", UNLOAD.as_secs())))
 }
 
 fn start(

@@ -46,6 +46,8 @@ pub struct Driver {
     pub parameters: String,
     /// Device nodes that show that the driver has found its devices.
     pub nodes: Vec<String>,
+    /// Whether to unload it when the program has ended.
+    pub unload: bool,
 }
 
 /// Size of the user's terminal, in characters.
@@ -108,6 +110,21 @@ pub enum Event {
         stream: Stream,
         /// What.
         data: Bytes,
+    },
+    /// What the driver has counted of a device since it was loaded. The program has ended, and
+    /// whatever it has left behind.
+    Counters {
+        /// The driver's name for the device.
+        device: String,
+        /// As they are in debugfs: names and numbers.
+        counters: String,
+        /// The times of CPU faults, as they are in debugfs.
+        fault_latency: String,
+    },
+    /// The driver was unloaded, or could not be.
+    Unloaded {
+        /// Why not.
+        error: Option<String>,
     },
     /// The program ended; the guest powers off next.
     Exit {

@@ -6,7 +6,7 @@ use maud::{Markup, html};
 
 use super::{Head, devices, page, table};
 use crate::chart::{Axis, Chart, nanoseconds};
-use crate::reconcile::{self, grouped};
+use crate::reconcile::{self, differs, grouped};
 use crate::stress::{Failure, Stress, Turn};
 
 pub(super) fn page_of(stress: &Stress) -> Markup {
@@ -228,15 +228,10 @@ fn sides(devices: &[reconcile::Device]) -> Markup {
         .iter()
         .flat_map(|device| device.counters.iter().map(move |each| (device, each)))
         .flat_map(|(device, (name, sides))| {
-            let amounts = [
-                ("requests", sides.guest.requests, sides.host.requests),
-                ("frames", sides.guest.frames, sides.host.frames),
-                ("bytes", sides.guest.bytes, sides.host.bytes),
-            ];
-            amounts.map(|(what, guest, host)| {
+            sides.rows().map(|(what, numbers)| {
                 let name = format!("{} {} {what}", device.device, name.replace('_', " "));
-                let differ = if guest == host { "" } else { "differs" };
-                vec![name, grouped(guest), grouped(host), differ.into()]
+                let [guest, host, queues] = numbers.map(grouped);
+                vec![name, guest, host, queues, differs(numbers).into()]
             })
         })
         .collect();
@@ -244,7 +239,7 @@ fn sides(devices: &[reconcile::Device]) -> Markup {
         @if !rows.is_empty() {
             section {
                 h2 { "Both sides" }
-                (table(&["", "guest", "host", ""], &rows))
+                (table(&["", "guest", "host", "its queues", ""], &rows))
             }
         }
     }
@@ -253,6 +248,7 @@ fn sides(devices: &[reconcile::Device]) -> Markup {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::Counts;
     use crate::environment::tests::environment;
     use crate::sampler::History;
     use crate::sampler::tests::history;
@@ -300,9 +296,8 @@ mod tests {
                 .zip(names)
                 .map(|(number, name)| turn(number, name))
                 .collect(),
-            devices: reconcile::devices(&guest, &[Some(host)]),
+            devices: reconcile::devices(&guest, &[Counts::All(host)]),
             reconciled: true,
-            driver: guest,
             frames_lost: Some(0),
             kmemleak: None,
             unloaded: true,
