@@ -278,6 +278,8 @@ pub struct Injected {
     status: AtomicU64,
     short: AtomicU64,
     drop: AtomicU64,
+    lose: AtomicU64,
+    double: AtomicU64,
     stall: AtomicU64,
     poison: AtomicU64,
     dead: AtomicU64,
@@ -293,6 +295,8 @@ impl Injected {
             Fault::Status(_) => &self.status,
             Fault::Short(_) => &self.short,
             Fault::Drop(_) => &self.drop,
+            Fault::Lose => &self.lose,
+            Fault::Double => &self.double,
             Fault::Stall => &self.stall,
             Fault::Poison(_) => &self.poison,
             Fault::Dead => &self.dead,
@@ -311,7 +315,8 @@ impl Injected {
 ///   "from_device": {}, "fill": {}, "device_to_device": {}, "discard": {},
 ///   "unsupported": 0,
 ///   "injected": { "delay": 0, "reorder": 0, "error": 0, "status": 0, "short": 0,
-///                 "drop": 0, "stall": 0, "poison": 0, "dead": 0 }
+///                 "drop": 0, "lose": 0, "double": 0, "stall": 0, "poison": 0,
+///                 "dead": 0 }
 /// }
 /// ```
 #[derive(Debug)]

@@ -209,7 +209,10 @@ impl Processor {
                 done = timed.map(|(now, _)| now);
                 let frames = self.request.frames();
                 let timed = timed.map(|(_, timed)| timed);
-                self.executor.record(operation, frames, &outcome, timed);
+                let strike = flaws.and_then(|flaws| flaws.strike);
+                for _ in 0..strike.map_or(1, |strike| strike.fault.executions()) {
+                    self.executor.record(operation, frames, &outcome, timed);
+                }
                 (Some(operation), outcome)
             }
             Err(rejection) => {
@@ -334,7 +337,28 @@ impl Executor {
         self.reset_statuses(request);
         injector.spoil(strike, operation, request, &mut self.statuses);
         let data = guest_data(operation, data, body, self.statuses.len());
-        // Frame by frame, since some may be left out.
+        let executions = fault.map_or(1, Fault::executions);
+        for _ in 0..executions {
+            self.copy_frames(mem, operation, request, data)?;
+        }
+        if executions > 0 {
+            injector.settle(strike, operation, request, &self.statuses);
+        }
+        if !answered {
+            return Ok(None);
+        }
+        self.finish(mem, operation, data, body).map(Some)
+    }
+
+    /// Copies frame by frame, since some may be left out: those that have a
+    /// status other than OK.
+    fn copy_frames(
+        &mut self,
+        mem: &GuestMemoryMmap,
+        operation: Operation,
+        request: &Request,
+        data: Cursor<'_>,
+    ) -> Result<(), Error> {
         let mut pages = data;
         let mut sources = frames(&request.sources);
         for (to, status) in frames(&request.extents).zip(&mut self.statuses) {
@@ -354,11 +378,7 @@ impl Executor {
                 )?;
             }
         }
-        injector.settle(strike, operation, request, &self.statuses);
-        if !answered {
-            return Ok(None);
-        }
-        self.finish(mem, operation, data, body).map(Some)
+        Ok(())
     }
 
     fn reset_statuses(&mut self, request: &Request) {

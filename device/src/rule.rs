@@ -24,7 +24,8 @@ const REORDER: Duration = Duration::from_millis(10);
 pub enum Error {
     /// There is no such fault.
     #[error(
-        "unknown fault {0:?}: delay, reorder, error, status, short, drop, stall, poison or dead"
+        "unknown fault {0:?}: delay, reorder, error, status, short, drop, lose, double, stall, \
+        poison or dead"
     )]
     Fault(String),
     /// There is no such condition.
@@ -89,6 +90,11 @@ pub enum Fault {
     Short(Option<u32>),
     /// The request is never answered.
     Drop(Share),
+    /// The request is answered as if it had been done; nothing is done, and
+    /// nothing counted.
+    Lose,
+    /// The request is done, and counted, twice.
+    Double,
     /// The queue takes no more requests until it is reset.
     Stall,
     /// So many frames of the request lose their contents.
@@ -107,6 +113,8 @@ impl Fault {
             Self::Status(_) => "status",
             Self::Short(_) => "short",
             Self::Drop(_) => "drop",
+            Self::Lose => "lose",
+            Self::Double => "double",
             Self::Stall => "stall",
             Self::Poison(_) => "poison",
             Self::Dead => "dead",
@@ -142,6 +150,10 @@ impl Fault {
             ("drop", Some("half")) => Ok(Self::Drop(Share::Half)),
             ("drop", Some("all")) => Ok(Self::Drop(Share::All)),
             ("drop", _) => Err(bad("drop", "none, half or all")),
+            ("lose", None) => Ok(Self::Lose),
+            ("lose", _) => Err(bad("lose", "no value")),
+            ("double", None) => Ok(Self::Double),
+            ("double", _) => Err(bad("double", "no value")),
             ("stall", None) => Ok(Self::Stall),
             ("stall", _) => Err(bad("stall", "no value")),
             ("poison", value) => frames("poison")(value.unwrap_or("1")).map(Self::Poison),
@@ -151,11 +163,25 @@ impl Fault {
         }
     }
 
-    /// Whether it is about the frames of a request.
-    fn is_of_frames(self) -> bool {
+    /// How often the request is done, and counted.
+    pub fn executions(self) -> u32 {
+        match self {
+            Self::Lose => 0,
+            Self::Double => 2,
+            _ => 1,
+        }
+    }
+
+    /// Whether only copies can have it.
+    fn is_of_copies(self) -> bool {
         matches!(
             self,
-            Self::Error(_) | Self::Short(_) | Self::Poison(_) | Self::Drop(Share::Half)
+            Self::Error(_)
+                | Self::Short(_)
+                | Self::Poison(_)
+                | Self::Drop(Share::Half)
+                | Self::Lose
+                | Self::Double
         )
     }
 }
@@ -277,7 +303,7 @@ impl FromStr for Rule {
             rule.set(name, value.unwrap_or_default())?;
         }
         match rule.operation {
-            Some(operation) if rule.fault.is_of_frames() && !operation.is_copy() => {
+            Some(operation) if rule.fault.is_of_copies() && !operation.is_copy() => {
                 Err(Error::NotACopy {
                     fault: rule.fault.name(),
                     operation: operation.name(),
@@ -331,6 +357,8 @@ mod tests {
             ("drop", Fault::Drop(Share::None)),
             ("drop=half", Fault::Drop(Share::Half)),
             ("drop=all", Fault::Drop(Share::All)),
+            ("lose", Fault::Lose),
+            ("double", Fault::Double),
             ("stall", Fault::Stall),
             ("poison=3", Fault::Poison(3)),
             ("dead", Fault::Dead),
@@ -381,6 +409,8 @@ mod tests {
             ("status=1", "above 1"),
             ("short=x", "short needs a number"),
             ("drop=quarter", "drop needs none, half or all"),
+            ("lose=1", "lose needs no value"),
+            ("double=2", "double needs no value"),
             ("stall=1", "stall needs no value"),
             ("dead=now", "dead needs no value"),
             ("poison=0", "poison needs a number"),
@@ -402,6 +432,7 @@ mod tests {
                 "error is a fault of copies, not of discard",
             ),
             ("drop=half,op=counters", "drop is a fault of copies"),
+            ("lose,op=discard", "lose is a fault of copies"),
         ] {
             let error = rule(text).unwrap_err().to_string();
             assert!(error.contains(reason), "{text}: {error}");
@@ -435,7 +466,7 @@ mod tests {
         /// Whatever the text, it is a rule that says the same again, or refused.
         #[test]
         fn any_text_is_a_rule_or_refused(
-            text in "(delay|reorder|error|status|short|drop|stall|poison|dead|x)?(=[a-z0-9.]{0,4})?(,(op|queue|probability|after|count|y)?(=[a-z0-9._]{0,6})?){0,3}"
+            text in "(delay|reorder|error|status|short|drop|lose|double|stall|poison|dead|x)?(=[a-z0-9.]{0,4})?(,(op|queue|probability|after|count|y)?(=[a-z0-9._]{0,6})?){0,3}"
         ) {
             if let Ok(rule) = rule(&text) {
                 prop_assert_eq!(rule.to_string(), text);

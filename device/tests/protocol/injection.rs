@@ -262,6 +262,35 @@ fn a_dropped_request_is_done_in_part_and_never_answered() {
     }
 }
 
+/// What the device has counted of copies to it.
+fn counted(device: &Device) -> [u64; 2] {
+    let reply = device.ask(r#"{"command":"counters"}"#);
+    ["requests", "frames"].map(|name| reply["counters"]["to_device"][name].as_u64().unwrap())
+}
+
+#[test]
+fn a_lost_request_is_answered_and_neither_done_nor_counted() {
+    let device = Device::start_with(&["lose,op=to_device,count=1"]);
+    let mut vm = Vm::connect(&device);
+    vm.store(0, &pattern(1, 4));
+    assert!(vm.load(0, 4).iter().all(|&byte| byte == 0));
+    assert_eq!(counted(&device), [0, 0]);
+    vm.store(0, &pattern(1, 4));
+    assert!(vm.load(0, 4) == pattern(1, 4));
+    assert_eq!((counted(&device), device.struck("lose")), ([1, 4], 1));
+}
+
+#[test]
+fn a_doubled_request_is_counted_twice() {
+    let device = Device::start_with(&["double,op=to_device,count=1"]);
+    let mut vm = Vm::connect(&device);
+    vm.store(0, &pattern(1, 4));
+    assert!(vm.load(0, 4) == pattern(1, 4));
+    assert_eq!((counted(&device), device.struck("double")), ([2, 8], 1));
+    vm.store(0, &pattern(2, 4));
+    assert_eq!(counted(&device), [3, 12]);
+}
+
 #[test]
 fn a_stalled_queue_goes_on_after_a_reset() {
     let device = Device::start_with(&["stall,queue=2,count=1,after=1"]);

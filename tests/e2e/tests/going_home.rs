@@ -51,12 +51,14 @@ fn main() {
 
 /// What a script prints in a guest with two devices.
 fn text(options: &[&str], script: &str) -> Result<String> {
-    let run = vm(&["run", "--devices", "2", "--silence", "170s"])?
+    let run = vm(&["run", "--devices", "2", "--silence", "170s", "--counters"])?
         .with(options)
         .with(programs(&["hmm-hold"])?)
         .with(["--", "sh", "-c", &format!("{SHELL}{script}")])
         .finish()?;
     run.expect_status(0)?;
+    // It was unplugged, or its driver unloaded.
+    run.expect_error("hmm0 is not compared: ")?;
     Ok(run.text())
 }
 

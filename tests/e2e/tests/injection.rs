@@ -9,6 +9,7 @@
 use hmm_e2e::{Daemon, Failure, Result, Running, check, trial, vm};
 use hmm_stress::report::{Line, Summary, Verdict};
 use hmm_vm::build::Programs;
+use hmm_vm::error::EXIT_COUNTERS;
 use hmm_vm::initramfs::MODULE_PATH;
 use hmm_vm::reconcile::{Sides, sides};
 use libtest_mimic::Arguments;
@@ -29,6 +30,7 @@ fn main() {
         trial("errors_never_make_bytes_wrong", errors_never_wrong),
         trial("frames_that_fail_stay_where_they_were", frames_that_fail),
         trial("a_request_never_answered_breaks_the_device", never_answered),
+        trial("a_lost_and_a_doubled_request_are_noticed", lost_and_doubled),
     ];
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -47,7 +49,7 @@ fn stress(rules: &[&str], command: &[&str]) -> Result<Stressed> {
     let mut options = vec!["--inject-seed", "20171"];
     options.extend(rules.iter().flat_map(|rule| ["--inject", rule]));
     let daemon = Daemon::start_with(&options)?;
-    let run = vm(&["run"])?
+    let run = vm(&["run", "--counters"])?
         .with(daemon.options())
         .with(["--", "hmm-stress"])
         .with(command)
@@ -92,6 +94,8 @@ impl Stressed {
         let driver = |name: &str| u64::try_from(self.driver(name)).unwrap_or(0);
         let sides = sides(driver, &self.daemon.counted()?);
         check(sides.values().all(Sides::agree), || format!("{sides:#?}"))?;
+        let shown = self.errors.contains("to device pages") && !self.errors.contains("differs");
+        check(shown, || self.errors.clone())?;
         // Beyond 1 the guest's kernel complained, or the run did not come to its end.
         check(self.status <= 1, || self.errors.clone())?;
         for counter in ["src_changed", "broken", "request_timeouts"] {
@@ -435,4 +439,44 @@ fn end(guest: &mut Guest, rule: &str, lost: u64) -> Result {
     guest.ask("new 1")?;
     guest.run("rmmod virtio_hmm && ! lsmod | grep -q virtio_hmm")?;
     Ok(())
+}
+
+/// The tool says at the end of a run that the sides differ, though the command knows nothing.
+fn lost_and_doubled() -> Result {
+    let programs = Programs::locate()?;
+    programs.build_packages(&["hmm-pages"])?;
+    let script = format!("printf 'new {PAGES}\nto-device\nholes\nto-device\n' | hmm-pages");
+    let run = vm(&["run", "--inject", "lose,op=to_device,count=1"])?
+        .with(["--inject", "double,op=fill,count=1"])
+        .with(["--with".into(), programs.path("hmm-pages")])
+        .with(["--", "sh", "-c", &script])
+        .finish()?;
+    run.expect_status(EXIT_COUNTERS.into())?;
+    let errors = run.errors();
+    // What the guest's side has more of, and whether that is said.
+    let more = |name: &str| -> Result<(i64, bool)> {
+        let line = errors.lines().find(|line| line.starts_with(name));
+        let line = line.ok_or_else(|| Failure(errors.clone()))?;
+        match numbers(&line.replace(',', ""))[..] {
+            [guest, host, _] => Ok((
+                guest.cast_signed().wrapping_sub(host.cast_signed()),
+                line.ends_with("differs"),
+            )),
+            _ => Err(Failure(line.into())),
+        }
+    };
+    let lost = more("to device requests")?;
+    let doubled = more("fill requests")?;
+    check(lost == (1, true) && doubled == (-1, true), || {
+        errors.clone()
+    })?;
+    for what in ["frames", "bytes"] {
+        let (lost, lost_told) = more(&format!("to device {what}"))?;
+        let (doubled, doubled_told) = more(&format!("fill {what}"))?;
+        check(lost > 0 && lost_told && doubled < 0 && doubled_told, || {
+            errors.clone()
+        })?;
+    }
+    let back = more("from device requests")?;
+    check(back == (0, false), || errors.clone())
 }
