@@ -323,12 +323,6 @@ impl Driver {
         Ok(self.memory.pages.store(index, at, Ordering::Release)?)
     }
 
-    /// The available index, as the driver has set it.
-    #[must_use]
-    pub fn available(&self, queue: u16) -> u16 {
-        self.ring(queue).available
-    }
-
     /// Writes a chain into the table from number `head` on, and makes it available.
     ///
     /// # Errors

@@ -147,13 +147,10 @@ fn d15_a_head_outside_the_table_stops_the_queue(driver: &mut Driver) -> Result {
 fn d15_an_available_index_far_ahead_stops_the_queue(driver: &mut Driver) -> Result {
     stops(driver, |driver| {
         let (at, response) = place_fill(driver)?;
-        let chain = chain(0, &[(at, 48)], &[(response, 9)]);
-        driver.offer_chain(COPY, 0, &chain)?;
-        let ahead = driver.size(COPY) + 1;
-        for _ in 1..ahead {
-            driver.offer(COPY, 0)?;
-        }
-        driver.set_available(COPY, ahead)
+        let [table, ..] = driver.addresses(COPY);
+        driver.write_table(table, 0, &chain(0, &[(at, 48)], &[(response, 9)]))?;
+        // All at once, as a device may look at any time. Each entry of the ring is 0.
+        driver.set_available(COPY, driver.size(COPY) + 1)
     })
 }
 
