@@ -21,6 +21,7 @@ pub mod inject;
 pub mod link;
 pub mod memory;
 pub mod metrics;
+pub mod polling;
 pub mod processor;
 pub mod request;
 pub mod rule;

@@ -22,6 +22,7 @@ use crate::{
     counters::Counters,
     inject::{Injector, Strike},
     link::Link,
+    polling::Polling,
     processor::{self, Answer, Flaws, Processor, Timing},
     rule::{Fault, Share},
 };
@@ -35,11 +36,6 @@ const SAMPLE: u64 = 64;
 /// How long before its time a worker waits awake for the end of a modelled
 /// transfer. To be woken takes about as long.
 const AWAKE: Duration = Duration::from_micros(60);
-
-/// How long a worker looks at an empty ring before it sleeps, if the last request
-/// before came as soon. To be woken takes tens of microseconds, which is most of
-/// what a CPU fault takes; and a device that is not used takes no time of its host.
-pub const POLL: Duration = Duration::from_millis(1);
 
 /// Why a queue stops until it is set up anew.
 #[derive(Debug, thiserror::Error)]
@@ -80,10 +76,7 @@ pub struct Worker {
     now: Option<Instant>,
     /// Whether the next request is the first after a while.
     first: bool,
-    /// Since when the ring has been empty, if it is.
-    empty: Option<Instant>,
-    /// Whether it was empty for less than [`POLL`] before the last request came.
-    busy: bool,
+    polling: Polling,
     /// Requests of a row since one was timed.
     untimed: u64,
     /// A broken ring.
@@ -123,8 +116,7 @@ impl Worker {
             arrived: None,
             now: None,
             first: true,
-            empty: None,
-            busy: false,
+            polling: Polling::default(),
             untimed: 0,
             stopped: false,
             stalled: None,
@@ -161,14 +153,16 @@ impl Worker {
             if !running || self.stopped || stop() {
                 break;
             }
-            let poll = self.polls();
+            let poll = !self.may_hold() && self.polling.is_due(Instant::now);
             match self.step(&mut state, poll) {
                 Ok(true) => {}
                 Ok(false) => {
                     drop(state);
                     if poll {
                         // To whoever has something to do, the driver above all.
+                        let begun = Instant::now();
                         thread::yield_now();
+                        self.polling.note_yield(begun, Instant::now());
                         self.now = None;
                     } else if !self.wait_awake() {
                         break;
@@ -205,11 +199,6 @@ impl Worker {
         error!("queue {} stops: {}", self.queue, ErrorChain(error));
     }
 
-    /// Whether to look at the ring again soon, should it be empty.
-    fn polls(&self) -> bool {
-        self.busy && !self.may_hold() && self.empty.is_none_or(|since| since.elapsed() < POLL)
-    }
-
     /// Processes the next request. Returns whether there may be another. If there
     /// is none, the driver has to notify of the next one, unless `poll`.
     fn step(&mut self, state: &mut VringState, poll: bool) -> Result<bool, Error> {
@@ -234,7 +223,7 @@ impl Worker {
         }
         self.arrived = self.arrivals.next();
         if available == next {
-            self.empty.get_or_insert_with(Instant::now);
+            self.polling.note_empty(Instant::now);
             if poll {
                 return Ok(false);
             }
@@ -242,8 +231,7 @@ impl Worker {
             // whether it made something available just before.
             return Ok(state.enable_notification()?);
         }
-        if let Some(since) = self.empty.take() {
-            self.busy = since.elapsed() < POLL;
+        if self.polling.note_request(Instant::now) {
             self.first = true;
         }
         // Asked again, since a request must not miss a fault that was set before it came.
