@@ -5,13 +5,18 @@
 use std::{ptr, sync::Arc};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use vhost_device_hmm::{engine::Engine, memory::Memory};
+use vhost_device_hmm::{
+    engine::Engine,
+    memory::{Backing, Memory},
+};
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
 const WORKING_SET: usize = 64 << 20;
 
 fn copy(c: &mut Criterion) {
-    let engine = Engine::new(Arc::new(Memory::new(WORKING_SET as u64, true).unwrap()));
+    let engine = Engine::new(Arc::new(
+        Memory::new(WORKING_SET as u64, Backing::Prefault).unwrap(),
+    ));
     // Mappings as guest memory is one: copies between buffers whose places in
     // their pages differ by a few bytes are slower, and no guest does that.
     let [guest, other] = [(); 2].map(|()| {

@@ -18,7 +18,7 @@ use vhost_device_hmm::{
     engine::Engine,
     hardware::Events,
     inject::Injector,
-    memory::Memory,
+    memory::{Backing, Memory},
     processor::Processor,
     request::{Operation, QueueKind},
     worker::Worker,
@@ -48,7 +48,9 @@ struct Setup {
 fn setup(frames: u32) -> Setup {
     let ranges = [(GuestAddress(0), (DATA + WORKING_SET) as usize)];
     let mem = GuestMemoryMmap::from_ranges(&ranges).unwrap();
-    let engine = Engine::new(Arc::new(Memory::new(WORKING_SET, true).unwrap()));
+    let engine = Engine::new(Arc::new(
+        Memory::new(WORKING_SET, Backing::Prefault).unwrap(),
+    ));
     let counters = Arc::new(Counters::new(3, Events::default()));
     let atomic = GuestMemoryAtomic::new(mem.clone());
     let processor = Processor::new(

@@ -205,7 +205,11 @@ impl VhostUserBackend for Backend {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{hardware::Events, memory::Memory, session::Shared};
+    use crate::{
+        hardware::Events,
+        memory::{Backing, Memory},
+        session::Shared,
+    };
 
     #[test]
     fn configuration_beyond_what_the_protocol_carries_is_refused() {
@@ -214,7 +218,7 @@ mod tests {
         let backend = Backend::new(
             shared.config(&session),
             GuestMemoryAtomic::new(GuestMemoryMmap::new()),
-            &Engine::new(Arc::new(Memory::new(2 << 20, false).unwrap())),
+            &Engine::new(Arc::new(Memory::new(2 << 20, Backing::Sparse).unwrap())),
             &session.counters,
             &Arc::new(Injector::new(0, &[], 2).unwrap()),
             None,

@@ -5,7 +5,7 @@
 //! the same bytes at the same time; what such bytes end up as is unspecified,
 //! and nothing else is touched.
 
-use std::{ptr, sync::Arc};
+use std::sync::Arc;
 
 use vm_memory::{VolatileSlice, bitmap::BitmapSlice};
 
@@ -61,11 +61,7 @@ impl Engine {
     /// # Errors
     /// If the bytes do not all lie in device memory; nothing is written then.
     pub fn fill(&self, to: u64, len: usize) -> Result<(), Error> {
-        let slice = self.memory.slice(to, len)?;
-        // SAFETY: the slice is a checked range of a mapping that lives as long
-        // as `self`; no reference to these bytes ever exists, only raw copies.
-        unsafe { ptr::write_bytes(slice.ptr_guard_mut().as_ptr(), 0, slice.len()) };
-        Ok(())
+        self.memory.fill(to, len)
     }
 
     /// Copies `len` bytes of device memory from `from` to `to`. If the two
@@ -86,6 +82,7 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
+    use crate::memory::Backing;
 
     const SIZE: usize = 2 << 20;
 
@@ -120,7 +117,7 @@ mod tests {
         /// refuses exactly the ranges that the array does not have.
         #[test]
         fn agrees_with_an_array(ops in vec(op(), 1..24)) {
-            let engine = Engine::new(Arc::new(Memory::new(SIZE as u64, false).unwrap()));
+            let engine = Engine::new(Arc::new(Memory::new(SIZE as u64, Backing::Sparse).unwrap()));
             let mut model = vec![0; SIZE];
             for op in ops {
                 match op {

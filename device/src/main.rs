@@ -7,6 +7,7 @@ use tracing::level_filters::LevelFilter;
 use vhost_device_hmm::{
     ErrorChain,
     link::{self, LEAST_BANDWIDTH},
+    memory::Backing,
     rule::Rule,
     seccomp::Mode,
     server::{Config, Endpoint, Error, MAX_COPY_QUEUES, Server},
@@ -68,6 +69,9 @@ struct Args {
     /// Allocate device memory at the start, not on first use
     #[arg(long)]
     prefault: bool,
+    /// Take device memory from the host's huge pages (vm.nr_hugepages), at the start
+    #[arg(long, conflicts_with = "prefault")]
+    huge_pages: bool,
     /// Do not have the processor count what the workers do
     #[arg(long)]
     no_hardware_counters: bool,
@@ -114,7 +118,11 @@ fn serve(args: Args) -> Result<(), Error> {
         control_socket: args.control_socket,
         metrics_socket: args.metrics_socket,
         metrics_tcp: args.metrics_tcp,
-        prefault: args.prefault,
+        backing: match (args.huge_pages, args.prefault) {
+            (true, _) => Backing::HugePages,
+            (false, true) => Backing::Prefault,
+            (false, false) => Backing::Sparse,
+        },
         hardware_counters: !args.no_hardware_counters,
         link: link::Config {
             bandwidth: args.bandwidth,

@@ -3,12 +3,16 @@
 use std::{
     fs, io,
     os::unix::fs::MetadataExt,
+    ptr::{self, NonNull},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
 use nix::{
     fcntl::{FallocateFlags, fallocate},
-    sys::memfd::{MFdFlags, memfd_create},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        mman::{MmapAdvise, madvise},
+    },
 };
 use serde::Serialize;
 use vm_memory::{
@@ -49,12 +53,33 @@ pub enum Error {
     /// The host has no pages left for the memory.
     #[error("cannot allocate device memory")]
     Allocate(#[source] io::Error),
+    /// The host has too few free huge pages.
+    #[error("{free} huge pages of 2M are free, {needed} are needed")]
+    HugePages {
+        /// Huge pages that memory of this size takes.
+        needed: u64,
+        /// Those that are free.
+        free: u64,
+    },
     /// The pages cannot be given back.
     #[error("cannot clear device memory")]
     Clear(#[source] io::Error),
     /// The range is not inside device memory.
     #[error("range outside device memory")]
     Range(#[source] VolatileError),
+}
+
+/// What device memory is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// Pages that the host allocates on first use. They are huge where the host allows
+    /// that for shared memory (`/sys/kernel/mm/transparent_hugepage/shmem_enabled`).
+    #[default]
+    Sparse,
+    /// The same, allocated and mapped at the start.
+    Prefault,
+    /// Huge pages of 2 MiB that the host has set aside (`vm.nr_hugepages`), at the start.
+    HugePages,
 }
 
 /// How much of the memory is used, in bytes.
@@ -75,40 +100,48 @@ pub struct Usage {
 #[derive(Debug)]
 pub struct Memory {
     region: MmapRegion,
-    prefault: bool,
+    backing: Backing,
     peak: AtomicU64,
     cleared: AtomicU64,
 }
 
 impl Memory {
-    /// Makes `size` bytes of zero-filled memory, allocated at once if
-    /// `prefault`, else on first use.
+    /// Makes `size` bytes of zero-filled memory.
     ///
     /// # Errors
     /// If the size is out of range, the host has less memory available than
     /// `size`, or it refuses the memory or the mapping.
-    pub fn new(size: u64, prefault: bool) -> Result<Self, Error> {
+    pub fn new(size: u64, backing: Backing) -> Result<Self, Error> {
         if size == 0 || size > MAX_SIZE || !size.is_multiple_of(GRANULE) {
             return Err(Error::Size(size));
         }
-        if let Some(available) = available().filter(|available| *available < size) {
+        let mut flags = MFdFlags::MFD_CLOEXEC;
+        if backing == Backing::HugePages {
+            flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+            let (needed, free) = (size / GRANULE, free_huge_pages());
+            if free < needed {
+                return Err(Error::HugePages { needed, free });
+            }
+        } else if let Some(available) = available().filter(|available| *available < size) {
             return Err(Error::TooLittle { size, available });
         }
         let length = usize::try_from(size).map_err(|_| Error::Size(size))?;
-        let file: fs::File = memfd_create("hmm-device-memory", MFdFlags::MFD_CLOEXEC)
+        let file: fs::File = memfd_create("hmm-device-memory", flags)
             .map_err(|e| Error::Create(e.into()))?
             .into();
         file.set_len(size).map_err(Error::Create)?;
         let region = MmapRegion::from_file(FileOffset::new(file, 0), length).map_err(Error::Map)?;
         let memory = Self {
             region,
-            prefault,
+            backing,
             peak: AtomicU64::new(0),
             cleared: AtomicU64::new(0),
         };
-        if prefault {
+        // Fails where the kernel has no transparent huge pages, or already has others here.
+        let _ = memory.advise(MmapAdvise::MADV_HUGEPAGE);
+        if backing != Backing::Sparse {
             memory
-                .fallocate(FallocateFlags::empty(), 0, size)
+                .advise(MmapAdvise::MADV_POPULATE_WRITE)
                 .map_err(Error::Allocate)?;
         }
         Ok(memory)
@@ -134,20 +167,33 @@ impl Memory {
         self.region.get_slice(offset, len).map_err(Error::Range)
     }
 
-    /// Gives `len` bytes from `offset` back to the host; they read as zero
-    /// afterwards. Prefaulted memory is allocated again at once.
+    /// Makes `len` bytes from `offset` read as zero. Sparse memory is given back to the
+    /// host; other memory stays allocated.
     ///
     /// # Errors
-    /// If the host refuses.
+    /// If the range does not lie inside the memory, or the host refuses.
     pub fn clear(&self, offset: u64, len: u64) -> Result<(), Error> {
         self.used();
-        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        self.fallocate(punch, offset, len).map_err(Error::Clear)?;
-        self.cleared.fetch_add(len, Relaxed);
-        if self.prefault {
-            self.fallocate(FallocateFlags::empty(), offset, len)
-                .map_err(Error::Allocate)?;
+        if self.backing == Backing::Sparse {
+            let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            self.fallocate(punch, offset, len).map_err(Error::Clear)?;
+        } else {
+            // A page that was given back may be gone when it is needed again.
+            self.fill(offset, usize::try_from(len).unwrap_or(usize::MAX))?;
         }
+        self.cleared.fetch_add(len, Relaxed);
+        Ok(())
+    }
+
+    /// Writes zeros to `len` bytes from `offset`.
+    ///
+    /// # Errors
+    /// If the range does not lie inside the memory; nothing is written then.
+    pub fn fill(&self, offset: u64, len: usize) -> Result<(), Error> {
+        let slice = self.slice(offset, len)?;
+        // SAFETY: the slice is a checked range of a mapping that lives as long
+        // as `self`; no reference to these bytes ever exists, only raw copies.
+        unsafe { ptr::write_bytes(slice.ptr_guard_mut().as_ptr(), 0, slice.len()) };
         Ok(())
     }
 
@@ -186,6 +232,24 @@ impl Memory {
             None => Err(io::ErrorKind::Unsupported.into()),
         }
     }
+
+    /// Advises the kernel about all of the memory.
+    fn advise(&self, advice: MmapAdvise) -> io::Result<()> {
+        let start = NonNull::new(self.region.as_ptr()).ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the range is all of a mapping that `self` owns, and what is asked for,
+        // huge pages or to allocate pages now, changes none of its bytes.
+        Ok(unsafe { madvise(start.cast(), self.region.size(), advice) }?)
+    }
+}
+
+/// Huge pages of 2 MiB that the host has set aside and not given out or promised.
+fn free_huge_pages() -> u64 {
+    let read = |name| {
+        let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}");
+        fs::read_to_string(path).ok()?.trim().parse::<u64>().ok()
+    };
+    let (free, promised) = (read("free_hugepages"), read("resv_hugepages"));
+    free.unwrap_or(0).saturating_sub(promised.unwrap_or(0))
 }
 
 /// Bytes that the host says can be had without swapping, if it says so.
@@ -214,18 +278,18 @@ mod tests {
             MAX_SIZE + GRANULE,
             u64::MAX,
         ] {
-            assert!(matches!(Memory::new(size, false), Err(Error::Size(s)) if s == size));
+            assert!(matches!(Memory::new(size, Backing::Sparse), Err(Error::Size(s)) if s == size));
         }
         assert!(matches!(
-            Memory::new(MAX_SIZE, false),
+            Memory::new(MAX_SIZE, Backing::Sparse),
             Err(Error::TooLittle { .. })
         ));
     }
 
     #[test]
     fn cleared_bytes_read_as_zero_and_their_neighbours_stay() {
-        for prefault in [false, true] {
-            let memory = Memory::new(GRANULE, prefault).unwrap();
+        for backing in [Backing::Sparse, Backing::Prefault] {
+            let memory = Memory::new(GRANULE, backing).unwrap();
             memory
                 .slice(0, 3 * 4096)
                 .unwrap()
@@ -246,7 +310,7 @@ mod tests {
 
     #[test]
     fn usage_is_what_the_host_has_allocated() {
-        let memory = Memory::new(2 * GRANULE, false).unwrap();
+        let memory = Memory::new(2 * GRANULE, Backing::Sparse).unwrap();
         assert_eq!(memory.usage().used, 0);
         memory.slice(0, 4096).unwrap().write_obj(1_u8, 0).unwrap();
         let used = memory.usage().used;
@@ -261,13 +325,44 @@ mod tests {
         assert_eq!(memory.usage(), expected);
         memory.begin_session();
         assert_eq!(memory.usage().cleared, 0);
-        let memory = Memory::new(GRANULE, true).unwrap();
+        let memory = Memory::new(GRANULE, Backing::Prefault).unwrap();
+        assert_eq!(memory.usage().used, GRANULE);
+    }
+
+    #[test]
+    fn huge_pages_are_those_that_are_free() {
+        let free = free_huge_pages();
+        let result = Memory::new((free + 1) * GRANULE, Backing::HugePages);
+        assert!(
+            matches!(result, Err(Error::HugePages { needed, free: f }) if needed == free + 1 && f == free),
+            "{result:?}"
+        );
+        if free == 0 {
+            eprintln!("not tried: no huge page of 2M is free here (vm.nr_hugepages)");
+            return;
+        }
+        let memory = Memory::new(GRANULE, Backing::HugePages).unwrap();
+        assert_eq!(memory.usage().used, GRANULE);
+        memory
+            .slice(0, 4096)
+            .unwrap()
+            .write_slice(&[7; 4096], 0)
+            .unwrap();
+        memory.clear(0, 2048).unwrap();
+        let mut bytes = [1; 4096];
+        memory
+            .slice(0, 4096)
+            .unwrap()
+            .read_slice(&mut bytes, 0)
+            .unwrap();
+        assert!(bytes[..2048].iter().all(|b| *b == 0));
+        assert!(bytes[2048..].iter().all(|b| *b == 7));
         assert_eq!(memory.usage().used, GRANULE);
     }
 
     #[test]
     fn slices_stay_inside() {
-        let memory = Memory::new(GRANULE, false).unwrap();
+        let memory = Memory::new(GRANULE, Backing::Sparse).unwrap();
         assert_eq!(memory.frames(), 512);
         assert!(memory.slice(GRANULE - 1, 1).is_ok());
         assert!(memory.slice(GRANULE - 1, 2).is_err());

@@ -29,7 +29,7 @@ use crate::{
     hardware::Events,
     inject::Injector,
     link,
-    memory::{self, Memory},
+    memory::{self, Backing, Memory},
     rule::{self, Rule},
     sandbox, scrape,
     seccomp::Mode,
@@ -65,8 +65,8 @@ pub struct Config {
     pub metrics_socket: Option<PathBuf>,
     /// Address on which metrics are served over TCP. Whoever can connect may read them.
     pub metrics_tcp: Option<SocketAddr>,
-    /// Whether to allocate the memory before it is used.
-    pub prefault: bool,
+    /// What the memory is made of.
+    pub backing: Backing,
     /// Whether to have the processor count what the workers do.
     pub hardware_counters: bool,
     /// The link to the device that is modelled.
@@ -149,7 +149,7 @@ impl Server {
             &config.inject,
             config.copy_queues.into(),
         )?);
-        let memory = Arc::new(Memory::new(config.memory_size, config.prefault)?);
+        let memory = Arc::new(Memory::new(config.memory_size, config.backing)?);
         let events = if config.hardware_counters {
             Events::all()
         } else {

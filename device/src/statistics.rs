@@ -63,6 +63,7 @@ mod tests {
     use super::*;
     use crate::{
         hardware::{NAMES, tests::events_of_any_machine},
+        memory::Backing,
         metrics::Metrics,
         session::Shared,
     };
@@ -72,7 +73,7 @@ mod tests {
         let Some(events) = events_of_any_machine() else {
             return;
         };
-        let memory = Arc::new(Memory::new(2 << 20, false).unwrap());
+        let memory = Arc::new(Memory::new(2 << 20, Backing::Sparse).unwrap());
         let shared = Arc::new(Shared::new(2 << 20, 1, events));
         let counters = shared.begin().counters;
         // This thread is the worker of queue 2.

@@ -18,7 +18,7 @@ use vhost_device_hmm::{
     abi::VIRTIO_HMM_S_OK,
     counters::{Completed, Timed},
     hardware::Events,
-    memory::Memory,
+    memory::{Backing, Memory},
     metrics::Metrics,
     request::Operation,
     session::Shared,
@@ -47,7 +47,7 @@ fn served() -> (BTreeMap<String, BTreeSet<String>>, BTreeSet<String>) {
         timed: Some(timed),
     };
     shared.begin().counters.queues()[2].record(&completed);
-    let memory = Arc::new(Memory::new(2 << 20, false).unwrap());
+    let memory = Arc::new(Memory::new(2 << 20, Backing::Sparse).unwrap());
     let text = Metrics::new(shared, memory).encode().unwrap();
     let (mut metrics, mut families) = (BTreeMap::<_, BTreeSet<_>>::new(), BTreeSet::new());
     for line in text.lines() {

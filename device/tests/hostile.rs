@@ -10,7 +10,7 @@ use vhost_device_hmm::{
     counters::Counters,
     engine::Engine,
     hardware::Events,
-    memory::Memory,
+    memory::{Backing, Memory},
     processor::{Processor, Timing},
     request::QueueKind,
 };
@@ -171,7 +171,7 @@ proptest! {
             bytes
         };
         let before = content();
-        let engine = Engine::new(Arc::new(Memory::new(2 << 20, false).unwrap()));
+        let engine = Engine::new(Arc::new(Memory::new(2 << 20, Backing::Sparse).unwrap()));
         let mut processor = Processor::new(kind, 0, engine, Arc::new(Counters::new(1, Events::default())));
         let chain = queue.iter(&mem).unwrap().next().unwrap();
         let result = processor.process(&mem, chain, Timing::default(), None);

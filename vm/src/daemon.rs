@@ -135,6 +135,12 @@ pub fn command(program: &Path, device: &Device, sockets: &Sockets) -> Command {
         .arg(device.memory.to_string())
         .arg("--copy-queues")
         .arg(device.copy_queues.to_string());
+    if device.prefault {
+        command.arg("--prefault");
+    }
+    if device.huge_pages {
+        command.arg("--huge-pages");
+    }
     if let Some(bandwidth) = device.bandwidth {
         command.arg("--bandwidth").arg(bandwidth.to_string());
     }

@@ -58,6 +58,12 @@ pub struct Device {
     pub count: u32,
     /// Memory of a device.
     pub memory: Size,
+    /// Whether the memory is allocated at the start.
+    #[serde(default)]
+    pub prefault: bool,
+    /// Whether the memory is of the host's huge pages.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// Copy queues, 1 to 16.
     pub copy_queues: u32,
     /// Descriptors in each queue.

@@ -28,6 +28,7 @@ use vhost::{
 use vhost_device_hmm::{
     abi::*,
     link,
+    memory::Backing,
     seccomp::Mode,
     server::{Config, Endpoint, Server},
     stop::Stop,
@@ -117,7 +118,7 @@ impl Device {
             control_socket: Some(dir.path().join("control")),
             metrics_socket: Some(dir.path().join("metrics")),
             metrics_tcp: None,
-            prefault: false,
+            backing: Backing::Sparse,
             hardware_counters: true,
             link,
             inject: rules.iter().map(|rule| rule.parse().unwrap()).collect(),

@@ -5,6 +5,7 @@ use std::{path::PathBuf, sync::Arc, thread};
 use tempfile::TempDir;
 use vhost_device_hmm::{
     link,
+    memory::Backing,
     server::{Config, Endpoint, Server},
     stop::Stop,
 };
@@ -27,7 +28,7 @@ impl Device {
             control_socket: Some(directory.path().join("control")),
             metrics_socket: None,
             metrics_tcp: None,
-            prefault: false,
+            backing: Backing::Sparse,
             hardware_counters: true,
             link: link::Config::default(),
             inject: Vec::new(),
