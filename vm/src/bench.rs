@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hmm_bench::contender::Contender;
 use hmm_bench::report::{Cell, Line, Results, table};
@@ -22,6 +22,9 @@ use crate::sampler::{History, Sampler};
 
 /// Package and program that runs in the guest.
 const PROGRAM: &str = "hmm-bench";
+
+/// How long a machine that has other things to do may take.
+const PATIENCE: Duration = Duration::from_secs(1800);
 
 /// Modules of the kernel's that the contenders need.
 const MODULES: [&str; 3] = [
@@ -150,7 +153,9 @@ pub fn with_profile(mut options: MachineOptions) -> MachineOptions {
 /// The machine or the program could not be run to the end.
 pub fn run(options: &MachineOptions, wanted: Wanted, sampler: Option<Sampler>) -> Result<Bench> {
     let started = Instant::now();
-    let prepared = Prepared::new(options)?;
+    let mut options = options.clone();
+    options.timeout.get_or_insert(PATIENCE);
+    let prepared = Prepared::new(&options)?;
     let seed = wanted.seed.unwrap_or_else(random_seed);
     let command = wanted.command(seed);
     Report.line(&format!(

@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::sync::Barrier;
 use std::sync::atomic::Ordering;
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
@@ -74,10 +74,9 @@ pub fn measure(
         let times = transfers(session, memory, rng)?;
         samples.extend(times.into_iter().filter(|(step, _)| wanted(*step)));
     }
-    for step in [Step::SequentialFaults, Step::RandomFaults] {
-        if wanted(step) {
-            samples.push((step, faults(session, memory, step, rng)?));
-        }
+    if wanted(Step::SequentialFaults) || wanted(Step::RandomFaults) {
+        let times = faults(session, memory, rng)?;
+        samples.extend(times.into_iter().filter(|(step, _)| wanted(*step)));
     }
     if wanted(Step::IsolatedFault) {
         let sample = isolated(session, memory, rng)?;
@@ -99,7 +98,7 @@ fn transfers(
         besides += subject.besides()?;
         session.settle(&subject.part(0..memory.page_count()))?;
         back += subject.come_back()?;
-        subject.check(0..memory.page_count())?;
+        subject.check_all()?;
     }
     let pages = turns * memory.page_count();
     let mut samples = vec![
@@ -113,41 +112,51 @@ fn transfers(
     Ok(samples)
 }
 
+/// Reads the first pages of each thread's part in order, and then others of it in random
+/// order. Of small memory that is all of it each time, which goes out in between.
 fn faults(
     session: &dyn Session,
     memory: Memory,
-    step: Step,
     rng: &mut Rng,
-) -> Result<Sample, Failure> {
+) -> Result<[(Step, Sample); 2], Failure> {
+    let steps = [Step::SequentialFaults, Step::RandomFaults];
+    let limit = FAULTS / memory.threads;
+    let large = memory.page_count() > 2 * FAULTS;
     let turns = (ENOUGH / memory.bytes).max(1);
-    let mut time = Duration::ZERO;
-    let mut count = 0;
+    let (mut times, mut counts) = ([Duration::ZERO; 2], [0; 2]);
     for _ in 0..turns {
-        let subject = Subject::new(session, memory, rng)?;
-        let orders: Vec<Vec<usize>> = subject
-            .parts()
-            .map(|part| {
-                let mut pages: Vec<usize> = part.pages.collect();
-                if step == Step::RandomFaults {
-                    rng.shuffle(&mut pages);
-                }
-                pages.truncate(FAULTS / memory.threads);
-                pages
-            })
-            .collect();
+        let mut subject = Subject::new(session, memory, rng)?;
         subject.send_out()?;
-        time += subject.together(|thread| {
-            for &page in &orders[thread] {
-                subject.touch(page);
+        for (turn, step) in (0..).zip(steps) {
+            if turn > 0 && !large {
+                subject = Subject::new(session, memory, rng)?;
+                subject.send_out()?;
             }
-            Ok(())
-        })?;
-        let touched = orders.into_iter().flatten();
-        count += touched
-            .map(|page| subject.check(page..page + 1))
-            .try_fold(0, |count, checked| checked.map(|()| count + 1))?;
+            let orders: Vec<Vec<usize>> = subject
+                .parts()
+                .map(|part| {
+                    let skipped = if turn > 0 && large { limit } else { 0 };
+                    let mut pages: Vec<usize> = part.pages.skip(skipped).collect();
+                    if step == Step::RandomFaults {
+                        rng.shuffle(&mut pages);
+                    }
+                    pages.truncate(limit);
+                    pages
+                })
+                .collect();
+            times[turn] += subject.together(|thread| {
+                orders[thread].iter().for_each(|&page| subject.touch(page));
+                Ok(())
+            })?;
+            let touched = orders.concat();
+            counts[turn] += touched.len();
+            for page in touched {
+                subject.check(page)?;
+            }
+        }
     }
-    Ok(Sample::of(time, count))
+    let sample = |turn: usize| (steps[turn], Sample::of(times[turn], counts[turn]));
+    Ok([sample(0), sample(1)])
 }
 
 fn isolated(session: &dyn Session, memory: Memory, rng: &mut Rng) -> Result<Sample, Failure> {
@@ -163,7 +172,7 @@ fn isolated(session: &dyn Session, memory: Memory, rng: &mut Rng) -> Result<Samp
         page_ns.push(start.elapsed().as_nanos() as f64);
     }
     for page in pages {
-        subject.check(page..page + 1)?;
+        subject.check(page)?;
     }
     Ok(Sample { page_ns })
 }
@@ -182,9 +191,11 @@ impl<'a> Subject<'a> {
             generation: rng.u64(1..),
         };
         let huge = huge_pages()?;
-        for page in 0..memory.page_count() {
+        subject.for_all(|page| {
             contents::write(&subject.region, page, subject.generation);
-        }
+            Ok(())
+        })?;
+        drain()?;
         if memory.pages == Pages::Huge {
             let (got, wanted) = (huge_pages()? - huge, memory.page_count() / PMD_PAGES);
             require!(got >= wanted, "{got} huge pages of {wanted}");
@@ -228,10 +239,7 @@ impl<'a> Subject<'a> {
                     })
                 })
                 .collect();
-            let ended = threads.into_iter().map(|thread| thread.join());
-            ended
-                .map(|time| time.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-                .collect::<Result<_, _>>()
+            threads.into_iter().map(joined).collect::<Result<_, _>>()
         })?;
         let first = times.iter().map(|(start, _)| *start).min();
         let last = times.iter().map(|(_, end)| *end).max();
@@ -290,16 +298,45 @@ impl<'a> Subject<'a> {
         black_box(self.region.words(page)[0].load(Ordering::Relaxed));
     }
 
-    fn check(&self, pages: Range<usize>) -> Result<(), Failure> {
-        for page in pages {
-            require!(
-                contents::holds(&self.region, page, self.generation),
-                "page {page} of {} does not hold what was written",
-                self.memory
-            );
-        }
+    fn check(&self, page: usize) -> Result<(), Failure> {
+        require!(
+            contents::holds(&self.region, page, self.generation),
+            "page {page} of {} does not hold what was written",
+            self.memory
+        );
         Ok(())
     }
+
+    fn check_all(&self) -> Result<(), Failure> {
+        self.for_all(|page| self.check(page))
+    }
+
+    /// Deals with all pages, each in the thread that they are measured in: where no other CPU
+    /// has seen the memory, none has to be told when it goes.
+    fn for_all(&self, deal: impl Fn(usize) -> Result<(), Failure> + Sync) -> Result<(), Failure> {
+        let parts: Vec<Part> = self.parts().collect();
+        let deal_with = |thread: usize| parts[thread].pages.clone().try_for_each(&deal);
+        self.together(deal_with).map(drop)
+    }
+}
+
+/// What a thread came to.
+fn joined<T>(thread: ScopedJoinHandle<T>) -> T {
+    let result = thread.join();
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Has the kernel put new pages, which each CPU keeps to itself for a while, where all CPUs find
+/// them.
+fn drain() -> Result<(), Failure> {
+    // The first makes it say nothing about the second.
+    for value in ["4", "1"] {
+        fs::write("/proc/sys/vm/drop_caches", value).map_err(|source| Failure::System {
+            call: "writing /proc/sys/vm/drop_caches",
+            source,
+        })?;
+    }
+    Ok(())
 }
 
 /// Huge pages that this process has.
