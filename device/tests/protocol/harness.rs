@@ -67,6 +67,27 @@ pub const EVENT_IDX: u64 = 1 << 29;
 pub const INDIRECT_DESC: u64 = 1 << 28;
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 
+/// How large a device and its guest are.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    /// Bytes of device memory.
+    pub memory_size: u64,
+    /// Number of copy queues.
+    pub copy_queues: u32,
+    /// Bytes of the second mapping of guest memory.
+    pub second_ram: usize,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            memory_size: MEMORY_SIZE,
+            copy_queues: COPY_QUEUES,
+            second_ram: RAM[1].1,
+        }
+    }
+}
+
 /// Ends the process if it is not dropped in time.
 struct Watchdog {
     _alive: mpsc::Sender<()>,
@@ -87,6 +108,7 @@ impl Watchdog {
 
 /// A running server.
 pub struct Device {
+    shape: Shape,
     dir: TempDir,
     stop: Arc<Stop>,
     thread: Option<thread::JoinHandle<()>>,
@@ -100,21 +122,21 @@ impl Device {
 
     /// A server that injects faults.
     pub fn start_with(rules: &[&str]) -> Self {
-        Self::start_all(rules, link::Config::default())
+        Self::start_all(Shape::default(), rules, link::Config::default())
     }
 
     /// A server behind a link.
     pub fn start_behind(link: link::Config) -> Self {
-        Self::start_all(&[], link)
+        Self::start_all(Shape::default(), &[], link)
     }
 
-    fn start_all(rules: &[&str], link: link::Config) -> Self {
+    pub fn start_all(shape: Shape, rules: &[&str], link: link::Config) -> Self {
         let watchdog = Watchdog::new();
         let dir = tempfile::tempdir().unwrap();
         let server = Server::new(&Config {
             endpoint: Endpoint::Path(dir.path().join("vhost")),
-            memory_size: MEMORY_SIZE,
-            copy_queues: COPY_QUEUES as u16,
+            memory_size: shape.memory_size,
+            copy_queues: shape.copy_queues as u16,
             control_socket: Some(dir.path().join("control")),
             metrics_socket: Some(dir.path().join("metrics")),
             metrics_tcp: None,
@@ -132,6 +154,7 @@ impl Device {
             server.run().unwrap();
         }));
         Self {
+            shape,
             dir,
             stop,
             thread,
@@ -273,7 +296,7 @@ impl Vm {
     }
 
     pub fn connect_with(device: &Device, features: u64) -> Self {
-        let queues = VIRTIO_HMM_QUEUE_COPY + COPY_QUEUES;
+        let queues = VIRTIO_HMM_QUEUE_COPY + device.shape.copy_queues;
         let mut frontend = Frontend::connect(device.socket(), u64::from(queues)).unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_owner().unwrap();
@@ -292,7 +315,8 @@ impl Vm {
         frontend.set_features(features | PROTOCOL_FEATURES).unwrap();
         assert_eq!(frontend.get_queue_num().unwrap(), u64::from(queues));
 
-        let ranges = RAM.map(|(start, len)| {
+        let ram = [RAM[0], (RAM[1].0, device.shape.second_ram)];
+        let ranges = ram.map(|(start, len)| {
             let file = File::from(memfd_create("guest", MFdFlags::empty()).unwrap());
             file.set_len(len as u64).unwrap();
             (GuestAddress(start), len, Some(FileOffset::new(file, 0)))
@@ -455,7 +479,12 @@ impl Vm {
 
     /// How often the device has called since this was last asked.
     pub fn calls(&self, queue: u32) -> u64 {
-        self.rings[queue as usize].call.read().unwrap_or(0)
+        self.call(queue).read().unwrap_or(0)
+    }
+
+    /// What the device calls with.
+    pub fn call(&self, queue: u32) -> &EventFd {
+        &self.rings[queue as usize].call
     }
 
     /// Waits for the next used chain. Returns its head and the length written.
