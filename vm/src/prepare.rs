@@ -66,6 +66,9 @@ pub struct MachineOptions {
     /// Copy queues of the device
     #[arg(long, value_name = "N")]
     pub copy_queues: Option<u32>,
+    /// Add a word to the kernel's command line, such as init_on_alloc=0; can be repeated
+    #[arg(long, value_name = "WORD", allow_hyphen_values = true)]
+    pub append: Vec<String>,
     /// Build the driver from this directory instead of this checkout's guest-driver/
     #[arg(long, value_name = "DIR")]
     pub driver: Option<PathBuf>,
@@ -129,6 +132,8 @@ impl MachineOptions {
         profile.device.latency = self.latency.clone().or(profile.device.latency);
         profile.device.inject.extend(self.inject.iter().cloned());
         profile.device.inject_seed = self.inject_seed.or(profile.device.inject_seed);
+        let words = &mut profile.kernel.command_line;
+        words.extend(self.append.iter().cloned());
         profile.check()?;
         Ok(profile)
     }

@@ -458,13 +458,26 @@ impl Daemon {
     /// # Errors
     /// It does not start.
     pub fn start_with(options: &[&str]) -> Result<Self> {
+        Self::start_sized("256M", options)
+    }
+
+    /// Starts it with little memory, and further options.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn small(options: &[&str]) -> Result<Self> {
+        Self::start_sized("16M", options)
+    }
+
+    fn start_sized(memory: &str, options: &[&str]) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("e2e").tempdir()?;
         let child = Command::new(Programs::locate()?.daemon())
             .arg("--socket-path")
             .arg(directory.path().join("device"))
             .arg("--control-socket")
             .arg(directory.path().join("control"))
-            .arg("--memory-size=256M")
+            .arg("--memory-size")
+            .arg(memory)
             .arg("--copy-queues=2")
             .args(options)
             .stdin(Stdio::null())

@@ -1,6 +1,6 @@
-//! The contract tests can fail: each patch in `broken-driver/` breaks one clause in a copy of
-//! the driver, and names the test that has to notice. The model checker has to find one of them
-//! by itself.
+//! The contract tests, and those between tenants, can fail: each patch in `broken-driver/` breaks
+//! one rule in a copy of the driver, and names the tests that have to notice. The model checker has
+//! to find one of them by itself.
 
 #![allow(
     missing_docs,
@@ -11,7 +11,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use hmm_e2e::{Result, check, trial, vm};
+use hmm_e2e::{Failure, Finished, Result, check, trial, vm};
+use hmm_stress::report::Line;
 use hmm_vm::build::{copy_module_sources, module_sources};
 use hmm_vm::error::EXIT_COUNTERS;
 use libtest_mimic::Arguments;
@@ -46,32 +47,57 @@ fn main() -> Result {
 
 fn is_noticed(patch: &Path) -> Result {
     let text = fs::read_to_string(patch)?;
-    let test = text
-        .lines()
-        .find_map(|line| line.strip_prefix("Fails: "))
-        .unwrap_or_default();
-    check(hmm_stress::contract::NAMES.contains(&test), || {
-        format!("there is no contract test {test:?}")
+    let lines = |start| {
+        text.lines()
+            .filter_map(move |line| line.strip_prefix(start))
+            .map(str::trim)
+    };
+    check(lines("Fails: ").next().is_some(), || {
+        "the patch names no test".into()
     })?;
-
+    let rules: Vec<_> = lines("Inject: ")
+        .flat_map(|rule| ["--inject", rule])
+        .collect();
     let driver = broken_driver(patch)?;
-    let run = vm(&["run", "--timeout", "150s", "--driver"])?
-        .with([driver.path()])
-        .with(["--", "hmm-stress", "contract", test])
-        .finish()?;
-    // A broken driver may count wrong as well, and that status hides the test's own.
-    let counted_wrong = run.status() == i32::from(EXIT_COUNTERS);
-    let failed = run.text().contains(&format!("not ok 1 {test}\n"));
-    // The test failed, ran into its deadline, or the guest's kernel complained or hung.
-    let noticed = matches!(run.status(), 1 | 3 | 123 | 124) || counted_wrong && failed;
-    check(noticed, || {
-        format!(
-            "status {}, not that of a failed test:\n{}{}",
-            run.status(),
-            run.text(),
-            run.errors()
-        )
-    })
+    for test in lines("Fails: ") {
+        let run = vm(&["run", "--timeout", "150s", "--driver"])?.with([driver.path()]);
+        if hmm_stress::contract::NAMES.contains(&test) {
+            let run = run.with(["--", "hmm-stress", "contract", test]).finish()?;
+            // A broken driver may count wrong as well, and that status hides the test's own.
+            let counted_wrong = run.status() == i32::from(EXIT_COUNTERS);
+            let failed = run.text().contains(&format!("not ok 1 {test}\n"));
+            // The test failed, ran into its deadline, or the guest's kernel complained or hung.
+            let noticed = matches!(run.status(), 1 | 3 | 123 | 124) || counted_wrong && failed;
+            check(noticed, || {
+                format!("{test}: not that of a failed test: {}", told(&run))
+            })?;
+        } else if hmm_stress::tenants::NAMES.contains(&test) {
+            let run = run
+                .with(["--device-memory", "16M", "--append", "init_on_alloc=0"])
+                .with(&rules)
+                .with(["--", "hmm-stress", "tenants", "--json", test])
+                .finish()?;
+            // Whatever else a test does not like about a device that fails.
+            check(mismatches(&run.text()) > 0, || {
+                format!("{test}: nothing is seen of others: {}", told(&run))
+            })?;
+        } else {
+            return Err(Failure(format!("there is no test {test:?}")));
+        }
+    }
+    Ok(())
+}
+
+fn told(run: &Finished) -> String {
+    format!("status {}:\n{}{}", run.status(), run.text(), run.errors())
+}
+
+/// How many pages were wrong, as the last line of `hmm-stress --json` has it.
+fn mismatches(text: &str) -> u64 {
+    match text.lines().last().map(serde_json::from_str) {
+        Some(Ok(Line::Summary(summary))) => summary.mismatches,
+        _ => 0,
+    }
 }
 
 /// A page that was never written is not cleared on its way to the device.

@@ -6,7 +6,7 @@
 //! another part of the kernel's memory management get on. After each, [`case`]
 //! checks that no device memory was lost, that the driver's counters are the
 //! device's, and that the kernel did not complain. The [`model`] checker makes its
-//! operations up.
+//! operations up. The tests between [`tenants`] look for what others have left behind.
 //! [`report`] has the lines that the program prints.
 
 #![allow(
@@ -31,4 +31,5 @@ pub mod report;
 pub mod scenario;
 pub mod shared;
 pub mod suite;
+pub mod tenants;
 pub mod watchdog;

@@ -20,6 +20,7 @@ use hmm_stress::report::{Case, Line, Listed, Summary, Verdict};
 use hmm_stress::scenario::{self, Scenario};
 use hmm_stress::shared;
 use hmm_stress::suite::Test;
+use hmm_stress::tenants;
 use virtio_hmm_client::{Device, PAGE_SIZE};
 
 /// How long a test may take.
@@ -79,6 +80,13 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// Run tests that look for what other processes have left behind
+    Tenants {
+        /// Names of tests; all if there is none
+        tests: Vec<String>,
+        #[command(flatten)]
+        common: Common,
+    },
     /// Compare random operations of several processes with a model of their memory
     Model {
         #[command(flatten)]
@@ -128,6 +136,7 @@ fn main() -> ExitCode {
         Command::Neighbours { tests, common } => {
             run_tests(&tests, &common, neighbours::ALL, |_| None)
         }
+        Command::Tenants { tests, common } => run_tests(&tests, &common, tenants::ALL, |_| None),
         Command::Model {
             common,
             steps,
@@ -202,7 +211,9 @@ fn list(json: bool) -> Result<bool, Failure> {
     let neighbours = neighbours::ALL
         .iter()
         .map(|t| ("neighbour", t.name, t.about));
-    for (kind, name, about) in scenarios.chain(tests).chain(neighbours) {
+    let tenants = tenants::ALL.iter().map(|t| ("tenant", t.name, t.about));
+    let all = scenarios.chain(tests).chain(neighbours).chain(tenants);
+    for (kind, name, about) in all {
         if json {
             print(&Listed {
                 kind: kind.into(),

@@ -137,7 +137,7 @@ pub struct Summary {
 /// An item of `hmm-stress list --json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Listed {
-    /// "scenario", "test" (of the contract) or "neighbour".
+    /// "scenario", "test" (of the contract), "neighbour" or "tenant".
     pub kind: String,
     /// Its name.
     pub name: String,

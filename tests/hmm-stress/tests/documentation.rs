@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use hmm_stress::{contract, neighbours, scenario};
+use hmm_stress::{contract, neighbours, scenario, tenants};
 
 /// First and last column of the rows of tables.
 fn rows(page: &str) -> impl Iterator<Item = (&str, &str)> {
@@ -42,7 +42,13 @@ fn sources(directory: &Path) -> String {
 
 /// Checks what is between backquotes.
 fn check(place: &str, tests: &str, sources: &str) {
-    let names = [&contract::NAMES[..], &neighbours::NAMES, &scenario::NAMES].concat();
+    let names = [
+        &contract::NAMES[..],
+        &neighbours::NAMES,
+        &scenario::NAMES,
+        &tenants::NAMES,
+    ]
+    .concat();
     for name in tests.split('`').skip(1).step_by(2) {
         let known = match name.strip_suffix('*') {
             Some(start) => names.iter().any(|known| known.starts_with(start)),

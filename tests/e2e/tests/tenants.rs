@@ -1,0 +1,184 @@
+//! Between tenants: what one process or VM leaves behind is never seen by another.
+//!
+//! The kernel clears no memory of its own accord here, so that what a driver hands out without
+//! having written it shows.
+
+#![allow(
+    missing_docs,
+    reason = "the names of the tests say what they are about"
+)]
+
+use std::sync::OnceLock;
+
+use hmm_e2e::{Daemon, Failure, Finished, NEEDS_VM, Result, check, programs, trial, vm};
+use hmm_hold::HELD;
+use hmm_stress::report::{Case, Line, Verdict};
+use hmm_stress::tenants;
+use hmm_vm::initramfs::MODULE_PATH;
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use rustix::process::Signal;
+
+/// Fails unless the kernel leaves memory as it was.
+const NOT_CLEARED: &str = "dmesg | grep -q 'heap alloc:off' || exit 90";
+
+/// Looks for what others have left behind.
+const LOOK: &str = "hmm-stress tenants tenants_find_zeros >&2";
+
+/// Where `hmm-hold` writes that its secrets are on the device, and waits to go on.
+const READY: &str = "/tmp/ready";
+const GO: &str = "/tmp/go";
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // Each boots a machine with as many CPUs as this one has.
+    arguments.test_threads.get_or_insert(1);
+    let mut trials = vec![
+        trial(
+            "tenants::drivers_that_come_and_go",
+            drivers_that_come_and_go,
+        ),
+        trial(
+            "tenants::failed_copies_show_nothing",
+            failed_copies_show_nothing,
+        ),
+        trial(
+            "tenants::next_vm_after_a_killed_one",
+            next_vm_after_a_killed_one,
+        ),
+    ];
+    trials.extend(tenants::NAMES.map(tenant_trial));
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// A run of a script with this daemon, of which little memory has to be looked at.
+fn run(daemon: &Daemon, script: &str) -> Result<hmm_e2e::Tool> {
+    Ok(vm(&["run", "--append", "init_on_alloc=0"])?
+        .with(daemon.options())
+        .with(programs(&["hmm-hold"])?)
+        .with(["--", "sh", "-c", &format!("{NOT_CLEARED}\n{script}")]))
+}
+
+/// The cases that a run of `hmm-stress --json` tells of, and how many pages were wrong.
+fn read(run: &Finished) -> Result<(Vec<Case>, u64)> {
+    let (mut cases, mut mismatches) = (Vec::new(), None);
+    for line in run.text().lines() {
+        match serde_json::from_str(line)? {
+            Line::Begin { .. } => {}
+            Line::Scenario(case) | Line::Test { case, .. } => cases.push(case),
+            Line::Summary(summary) => mismatches = Some(summary.mismatches),
+        }
+    }
+    let mismatches = mismatches.ok_or_else(|| Failure(format!("no summary: {}", run.errors())))?;
+    Ok((cases, mismatches))
+}
+
+/// One boot for the ways in which a process gives memory up.
+fn cases() -> Result<&'static [Case]> {
+    static BOOT: OnceLock<Result<Vec<Case>, String>> = OnceLock::new();
+    let boot = || {
+        let daemon = Daemon::small(&[])?;
+        let run = run(&daemon, "exec hmm-stress tenants --json")?.finish()?;
+        check(run.status() <= 1, || run.errors())?;
+        Ok(read(&run)?.0)
+    };
+    BOOT.get_or_init(|| boot().map_err(|Failure(text)| text))
+        .as_ref()
+        .map(Vec::as_slice)
+        .map_err(|text| Failure(text.clone()))
+}
+
+fn tenant_trial(name: &'static str) -> Trial {
+    let body = move || {
+        let cases = cases().map_err(|Failure(text)| text)?;
+        let case = cases.iter().find(|case| case.name == name);
+        let case = case.ok_or("it did not run")?;
+        let reason = || case.reason.clone().unwrap_or_default();
+        match case.result {
+            Verdict::Pass => Ok(Completion::Completed),
+            Verdict::Skip => Ok(Completion::ignored_with(reason())),
+            Verdict::Fail => Err(Failed::from(reason())),
+        }
+    };
+    Trial::ignorable_test(format!("tenants::{name}"), body)
+        .with_kind(NEEDS_VM)
+        .with_ignored_flag(true)
+}
+
+/// Shell commands that leave secrets on the device, in a process that waits.
+fn hold() -> String {
+    format!(
+        "rm -f {READY} {GO}
+         hmm-hold 2048 {READY} {GO} & holder=$!
+         while [ ! -e {READY} ]; do kill -0 $holder || exit 91; sleep 0.05; done"
+    )
+}
+
+/// The driver is unloaded, which brings pages home, and loaded again; and it lets go of the
+/// device, which it resets, and takes it again. Each time before and after their process ends.
+fn drivers_that_come_and_go() -> Result {
+    let hold = hold();
+    let script = format!(
+        "cd /sys/bus/virtio/drivers/virtio_hmm; device=$(echo virtio*[0-9]); cd
+         for end in before after; do
+             {hold}
+             [ $end = after ] || {{ kill -9 $holder; wait $holder; }}
+             rmmod virtio_hmm && insmod {MODULE_PATH} || exit 92
+             {LOOK} || exit 93
+             touch {GO}; wait $holder; {LOOK} || exit 94
+
+             {hold}
+             [ $end = after ] || {{ kill -9 $holder; wait $holder; }}
+             echo $device > /sys/bus/virtio/drivers/virtio_hmm/unbind || exit 95
+             echo $device > /sys/bus/virtio/drivers/virtio_hmm/bind || exit 96
+             {LOOK} || exit 97
+             touch {GO}; wait $holder; {LOOK} || exit 98
+         done"
+    );
+    let daemon = Daemon::small(&[])?;
+    run(&daemon, &script)?.finish()?.expect_status(0)
+}
+
+/// Has a machine that is slow for a moment not break the device.
+const PATIENT: &str = "echo 60000 > /sys/module/virtio_hmm/parameters/timeout_ms || exit 99";
+
+/// Copies fail in part, in any direction, and frames lose their contents: pages may be lost, or
+/// stay where they are, but nobody sees what others had there.
+fn failed_copies_show_nothing() -> Result {
+    let mut options = vec!["--inject-seed", "20171"];
+    for rule in [
+        "error=3,probability=0.2",
+        "short,probability=0.1",
+        "status=invalid,probability=0.05",
+        "poison,probability=0.02",
+    ] {
+        options.extend(["--inject", rule]);
+    }
+    let daemon = Daemon::small(&options)?;
+    let script = format!("{PATIENT}; exec hmm-stress tenants --json");
+    let run = run(&daemon, &script)?.finish()?;
+    check(run.status() <= 1, || run.errors())?;
+    let (cases, mismatches) = read(&run)?;
+    check(mismatches == 0, || format!("{cases:#?}"))?;
+    check(cases.len() == tenants::NAMES.len(), || {
+        format!("{cases:#?}")
+    })?;
+    let counters = daemon.counters()?;
+    for operation in [counters.to_device, counters.from_device, counters.fill] {
+        check(operation.errors > 0, || format!("{counters:?}"))?;
+    }
+    Ok(())
+}
+
+/// A machine is killed while its secrets are on the device.
+fn next_vm_after_a_killed_one() -> Result {
+    let daemon = Daemon::small(&[])?;
+    let first = hold() + "\necho held; sleep 600";
+    let mut first = run(&daemon, &first)?.launch()?;
+    first.wait_for_line("held")?;
+    check(daemon.memory_holds(HELD)?, || {
+        "the first VM's secrets never were on the device".into()
+    })?;
+    first.kill("qemu-system", Signal::KILL)?;
+    first.finish()?.expect_status(125)?;
+    run(&daemon, LOOK)?.finish()?.expect_status(0)
+}
