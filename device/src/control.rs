@@ -63,10 +63,13 @@ pub struct Control {
     signals: Option<SignalFd>,
     scrapes: Vec<Scrape>,
     connections: HashMap<RawFd, Connection>,
+    accepted: u64,
 }
 
 struct Connection {
     stream: UnixStream,
+    /// Connections are counted, so that the oldest can be found.
+    number: u64,
     /// The beginning of a request.
     line: Vec<u8>,
 }
@@ -104,6 +107,7 @@ impl Control {
             signals: None,
             scrapes: Vec::new(),
             connections: HashMap::new(),
+            accepted: 0,
         }
     }
 
@@ -178,17 +182,24 @@ impl Control {
                 return;
             }
         };
-        if self.connections.len() >= MAX_CONNECTIONS {
-            debug!("too many control connections");
-            return;
-        }
         if let Err(e) = stream.set_nonblocking(true) {
             debug!("cannot serve a control connection: {e}");
             return;
         }
+        // One that says nothing must not keep others away.
+        if self.connections.len() >= MAX_CONNECTIONS {
+            let oldest = self.connections.iter().min_by_key(|(_, c)| c.number);
+            if let Some(fd) = oldest.map(|(fd, _)| *fd) {
+                debug!("too many control connections");
+                remove(ops, fd);
+                self.connections.remove(&fd);
+            }
+        }
         if add(ops, stream.as_raw_fd()) {
+            self.accepted += 1;
             let connection = Connection {
                 stream,
+                number: self.accepted,
                 line: Vec::new(),
             };
             self.connections

@@ -113,3 +113,12 @@ fn an_endless_line_ends_the_control_connection() {
     assert!(reply.contains("too long"), "{reply}");
     assert_eq!(device.counters()["session"], 0, "others are served");
 }
+
+#[test]
+fn clients_that_say_nothing_keep_nobody_from_the_control_socket() {
+    let device = Device::start();
+    let silent: Vec<_> = (0..100).map(|_| device.control()).collect();
+    assert_eq!(device.counters()["session"], 0);
+    drop(silent);
+    assert_eq!(device.counters()["session"], 0);
+}
