@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{BufRead, BufReader, Write},
     os::unix::net::UnixStream,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process,
     sync::{
         Arc,
@@ -296,8 +296,12 @@ impl Vm {
     }
 
     pub fn connect_with(device: &Device, features: u64) -> Self {
-        let queues = VIRTIO_HMM_QUEUE_COPY + device.shape.copy_queues;
-        let mut frontend = Frontend::connect(device.socket(), u64::from(queues)).unwrap();
+        Self::connect_to(&device.socket(), device.shape, features)
+    }
+
+    pub fn connect_to(socket: &Path, shape: Shape, features: u64) -> Self {
+        let queues = VIRTIO_HMM_QUEUE_COPY + shape.copy_queues;
+        let mut frontend = Frontend::connect(socket, u64::from(queues)).unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
@@ -315,7 +319,7 @@ impl Vm {
         frontend.set_features(features | PROTOCOL_FEATURES).unwrap();
         assert_eq!(frontend.get_queue_num().unwrap(), u64::from(queues));
 
-        let ram = [RAM[0], (RAM[1].0, device.shape.second_ram)];
+        let ram = [RAM[0], (RAM[1].0, shape.second_ram)];
         let ranges = ram.map(|(start, len)| {
             let file = File::from(memfd_create("guest", MFdFlags::empty()).unwrap());
             file.set_len(len as u64).unwrap();
