@@ -1,8 +1,9 @@
 //! Reads the guest's kernel log as it grows and finds what the kernel complains of.
 
 use std::fs::File;
-use std::io::{self, Read};
-use std::path::Path;
+use std::io::{self, Read, Write};
+
+use crate::report::Report;
 
 /// Parts of kernel messages that mean the run is lost.
 const COMPLAINTS: [&str; 19] = [
@@ -48,24 +49,29 @@ fn kernel_message(line: &str) -> Option<&str> {
     (digits(seconds) && digits(micros)).then_some(message)
 }
 
-/// Follows a console log that another process writes.
+/// Follows what another process writes to a file, and keeps a log of it.
 #[derive(Debug)]
 pub(crate) struct Follower {
     file: File,
+    /// None once it could not be written.
+    log: Option<File>,
     partial: Vec<u8>,
 }
 
 impl Follower {
-    pub(crate) fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self {
-            file: File::open(path)?,
+    pub(crate) fn new(file: File, log: File) -> Self {
+        Self {
+            file,
+            log: Some(log),
             partial: Vec::new(),
-        })
+        }
     }
 
-    /// Whether the log has grown since the last call, and the first complaint in it.
+    /// Whether the file has grown since the last call, and the first complaint in it.
     pub(crate) fn advance(&mut self) -> io::Result<(bool, Option<String>)> {
+        let seen = self.partial.len();
         let grown = self.file.read_to_end(&mut self.partial)? > 0;
+        self.keep(seen);
         let Some(end) = self.partial.iter().rposition(|&byte| byte == b'\n') else {
             return Ok((grown, None));
         };
@@ -77,12 +83,30 @@ impl Follower {
             text.lines().find_map(complaint).map(ToOwned::to_owned),
         ))
     }
+
+    /// Writes to the log what comes after the first `seen` bytes.
+    fn keep(&mut self, seen: usize) {
+        let new = self.partial.get(seen..).unwrap_or_default();
+        let written = self.log.as_mut().map(|log| log.write_all(new));
+        if let Some(Err(error)) = written {
+            Report.line(&format!("the guest's log is not kept any more: {error}"));
+            self.log = None;
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+
+    use tempfile::NamedTempFile;
+
+    /// A follower of a file, and its log.
+    fn follow(file: &NamedTempFile) -> (Follower, NamedTempFile) {
+        let log = NamedTempFile::new().unwrap();
+        let follower = Follower::new(file.reopen().unwrap(), log.reopen().unwrap());
+        (follower, log)
+    }
 
     #[test]
     fn complaints_of_the_kernel_are_found() {
@@ -116,8 +140,8 @@ mod tests {
 
     #[test]
     fn a_line_that_arrives_in_pieces_is_seen_once_it_is_whole() {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        let mut follower = Follower::open(file.path()).unwrap();
+        let mut file = NamedTempFile::new().unwrap();
+        let (mut follower, log) = follow(&file);
         assert_eq!(follower.advance().unwrap(), (false, None));
         write!(file, "[  1.0] fine\n[  1.1] BU").unwrap();
         assert_eq!(follower.advance().unwrap(), (true, None));
@@ -126,5 +150,18 @@ mod tests {
         assert!(grown);
         assert_eq!(found.as_deref(), Some("BUG: scheduling while atomic"));
         assert_eq!(follower.advance().unwrap(), (false, None));
+        let [all, kept] = [&file, &log].map(|file| std::fs::read(file.path()).unwrap());
+        assert_eq!(all, kept);
+    }
+
+    #[test]
+    fn a_full_disk_hides_no_complaint() {
+        let mut file = NamedTempFile::new().unwrap();
+        let (mut follower, _) = follow(&file);
+        follower.log = Some(File::options().write(true).open("/dev/full").unwrap());
+        for _ in 0..2 {
+            writeln!(file, "[  1.1] BUG: scheduling while atomic").unwrap();
+            assert!(follower.advance().unwrap().1.is_some());
+        }
     }
 }

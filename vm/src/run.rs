@@ -29,7 +29,6 @@ use crate::reconcile::{self, Guest};
 use crate::report::Report;
 use crate::sampler::Sampler;
 use crate::terminal;
-use crate::units::Size;
 
 /// How long a guest whose command has ended may take to power off.
 const POWER_OFF: Duration = Duration::from_secs(30);
@@ -152,10 +151,15 @@ impl Run<'_> {
     ) -> Result<Finished> {
         let signals = Signals::register()?;
         let mut files = run_files(scratch, self.logs);
-        let disk = self.machine.profile.disk.map(ram_disk).transpose()?;
+        let disk = self.machine.profile.disk;
+        let disk = disk.map(|size| in_ram("disk", size.0)).transpose()?;
         if let Some(disk) = &disk {
             files.disk = path_of(disk);
         }
+        // On a full disk QEMU would lose what the kernel complains of.
+        let console = in_ram("console", 0)?;
+        let log = fs::File::create(&files.console_log).at("write", &files.console_log)?;
+        files.console_log = path_of(&console);
         let bind = |socket: &Path| UnixListener::bind(socket).at("listen on", socket);
         let results = bind(&files.results)?;
         let settings = self.machine.profile.device.clone();
@@ -171,7 +175,6 @@ impl Run<'_> {
             settings,
         };
 
-        fs::write(&files.console_log, "").at("write", &files.console_log)?;
         let qemu_log = self.logs.join("qemu.log");
         let mut command = self.machine.command(&files);
         command
@@ -198,7 +201,7 @@ impl Run<'_> {
             limits: self.limits,
             started,
             heard: started,
-            console: Follower::open(&files.console_log).at("read", &files.console_log)?,
+            console: Follower::new(console, log),
             signals,
             guest,
             counted: Guest::default(),
@@ -214,13 +217,14 @@ impl Run<'_> {
     }
 }
 
-/// A file in RAM, empty, which ends with this process at the latest.
-fn ram_disk(size: Size) -> Result<fs::File> {
+/// A file of zeros in RAM, which ends with this process at the latest.
+fn in_ram(name: &str, length: u64) -> Result<fs::File> {
     let create = || {
-        let file = fs::File::from(memfd_create("virtio-hmm-disk", MemfdFlags::CLOEXEC)?);
-        file.set_len(size.0).map(|()| file)
+        let name = format!("virtio-hmm-{name}");
+        let file = fs::File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
+        file.set_len(length).map(|()| file)
     };
-    create().at("make", "a disk in RAM")
+    create().at("make a file in RAM for", name)
 }
 
 /// Where another process of this user finds a file that has no name.
