@@ -39,8 +39,8 @@ impl ReportDirectory {
             file.write_all(text.as_bytes()).at("write", &path)?;
             Ok((file, path))
         });
-        for written in written {
-            let (file, path) = written?;
+        // None takes its place unless all can.
+        for (file, path) in written.into_iter().collect::<Result<Vec<_>>>()? {
             file.persist(&path).at("write", &path)?;
         }
         let page = self.0.join("report.html");

@@ -173,6 +173,55 @@ impl Tool {
         })
     }
 
+    /// Runs it where each of these directories is a disk of its own that is soon full, and holds
+    /// an old `report.json`; status 99 says that this did not stay. Where this user may not mount
+    /// anything, the reason why.
+    ///
+    /// # Errors
+    /// There is no `unshare`.
+    pub fn on_full_disks(mut self, directories: &[&Path]) -> Result<Result<Self, String>> {
+        const SCRIPT: &str = r#"
+            reports=
+            while [ "$1" != -- ]; do
+                mount -t tmpfs -o size=24k tmpfs "$1" && echo old > "$1/report.json" || exit 77
+                reports="$reports $1/report.json"
+                shift
+            done
+            shift
+            "$@"
+            status=$?
+            for report in $reports; do [ "$(cat "$report")" = old ] || exit 99; done
+            exit $status"#;
+        let mut unshare = vec!["--mount"];
+        if !rustix::process::geteuid().is_root() {
+            unshare.extend(["--user", "--map-root-user"]);
+        }
+        let may_mount = Command::new("unshare")
+            .args(&unshare)
+            .args(["sh", "-c", SCRIPT, "sh"])
+            .args(directories)
+            .args(["--", "true"])
+            .output()?;
+        if !may_mount.status.success() {
+            let reason = String::from_utf8_lossy(&may_mount.stderr);
+            return Ok(Err(format!("nothing can be mounted: {}", reason.trim())));
+        }
+        let mut command = Command::new("unshare");
+        command
+            .args(&unshare)
+            .args(["sh", "-c", SCRIPT, "sh"])
+            .args(directories)
+            .arg("--")
+            .arg(self.command.get_program())
+            .args(self.command.get_args())
+            .env("TMPDIR", self.temporary.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        self.command = command;
+        Ok(Ok(self))
+    }
+
     /// Keeps its standard input open for [`Running::say`].
     #[must_use]
     pub fn listening(mut self) -> Self {
