@@ -1,6 +1,6 @@
-//! The contract tests, and those between tenants, can fail: each patch in `broken-driver/` breaks
-//! one rule in a copy of the driver, and names the tests that have to notice. The model checker has
-//! to find one of them by itself.
+//! The contract tests, those between tenants and those of deaths can fail: each patch in
+//! `broken-driver/` breaks one rule in a copy of the driver, and names the tests that have to
+//! notice. The model checker has to find one of them by itself.
 
 #![allow(
     missing_docs,
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use hmm_e2e::{Failure, Finished, Result, check, trial, vm};
+use hmm_stress::deaths::Toll;
 use hmm_stress::report::Line;
 use hmm_vm::build::{copy_module_sources, module_sources};
 use hmm_vm::error::EXIT_COUNTERS;
@@ -80,6 +81,14 @@ fn is_noticed(patch: &Path) -> Result {
             // Whatever else a test does not like about a device that fails.
             check(mismatches(&run.text()) > 0, || {
                 format!("{test}: nothing is seen of others: {}", told(&run))
+            })?;
+        } else if test == "deaths" {
+            let run = run
+                .with(["--", "hmm-stress", "deaths", "--json"])
+                .finish()?;
+            let toll: Toll = serde_json::from_slice(run.stdout())?;
+            check(toll.wrong > 0, || {
+                format!("nothing is wrong: {}", told(&run))
             })?;
         } else {
             return Err(Failure(format!("there is no test {test:?}")));

@@ -7,7 +7,7 @@
 //! checks that no device memory was lost, that the driver's counters are the
 //! device's, and that the kernel did not complain. The [`model`] checker makes its
 //! operations up. The tests between [`tenants`] look for what others have left behind.
-//! [`report`] has the lines that the program prints.
+//! [`deaths`] has devices die under their users. [`report`] has the lines that the program prints.
 
 #![allow(
     clippy::indexing_slicing,
@@ -18,6 +18,7 @@ pub mod amount;
 pub mod case;
 pub mod context;
 pub mod contract;
+pub mod deaths;
 pub mod failure;
 pub mod hold;
 pub mod kernel_log;

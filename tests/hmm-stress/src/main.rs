@@ -11,6 +11,7 @@ use hmm_stress::amount::{available_ram, fit_pages, parse_duration, parse_size};
 use hmm_stress::case::{self, Snapshot};
 use hmm_stress::context::Context;
 use hmm_stress::contract;
+use hmm_stress::deaths::{self, Toll};
 use hmm_stress::failure::Failure;
 use hmm_stress::kernel_log::KernelLog;
 use hmm_stress::model;
@@ -87,6 +88,18 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// Kill the daemons of all devices at random moments, again and again
+    Deaths {
+        /// How many to kill
+        #[arg(long, default_value_t = 20)]
+        kills: u64,
+        /// Reproduce the choices of an earlier run
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Print one JSON object on stdout
+        #[arg(long)]
+        json: bool,
+    },
     /// Compare random operations of several processes with a model of their memory
     Model {
         #[command(flatten)]
@@ -137,6 +150,7 @@ fn main() -> ExitCode {
             run_tests(&tests, &common, neighbours::ALL, |_| None)
         }
         Command::Tenants { tests, common } => run_tests(&tests, &common, tenants::ALL, |_| None),
+        Command::Deaths { kills, seed, json } => die(kills, seed.unwrap_or_else(random_seed), json),
         Command::Model {
             common,
             steps,
@@ -155,6 +169,29 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+fn die(kills: u64, seed: u64, json: bool) -> Result<bool, Failure> {
+    shared::share()?;
+    let start = Instant::now();
+    eprintln!("seed {seed}");
+    let mut toll = Toll::default();
+    let result = deaths::run(seed, kills, &mut toll);
+    if json {
+        print(&toll);
+    } else {
+        println!(
+            "daemons killed {} in one boot, pages compared {}, lost with SIGBUS {}, wrong {}, complaints of the \
+             kernel {}, in {:.0} s, seed {seed}",
+            toll.kills,
+            toll.checked,
+            toll.lost,
+            toll.wrong,
+            toll.complaints,
+            start.elapsed().as_secs_f64()
+        );
+    }
+    result.map(|()| toll.wrong + toll.complaints == 0)
 }
 
 /// The script to replay, if there is one.

@@ -27,6 +27,15 @@ static ALONE: Shared = Shared {
     sigbus: AtomicU64::new(0),
 };
 
+/// SIGBUS signals that this process has received.
+static OWN_SIGNALS: AtomicU64 = AtomicU64::new(0);
+
+/// How many SIGBUS signals this process has received, and its parents before they forked it.
+#[must_use]
+pub fn own_signals() -> u64 {
+    OWN_SIGNALS.load(Ordering::Relaxed)
+}
+
 /// The counts. Before [`share`] they belong to this process alone.
 #[must_use]
 pub fn counts() -> &'static Shared {
@@ -87,6 +96,7 @@ pub(crate) fn install(
 /// access goes on and the scenario can report.
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     counts().sigbus.fetch_add(1, Ordering::Relaxed);
+    OWN_SIGNALS.fetch_add(1, Ordering::Relaxed);
     // SAFETY: the kernel passes a valid siginfo. The page at the address was lost, so
     // nothing that could still be read is replaced; mmap is a bare system call.
     let memory = unsafe {
