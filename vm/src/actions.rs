@@ -71,6 +71,10 @@ impl Host {
                 id: request.id,
                 error: result.err().map(|error| with_sources(&error)),
             };
+            // It would reach whoever asks first in the next boot.
+            if request.action == Action::Reset && answer.error.is_none() {
+                continue;
+            }
             // A guest that is gone needs no answer.
             if send(&mut to_guest, &answer).is_err() {
                 return Ok(());
@@ -125,6 +129,11 @@ impl Host {
             Action::Wake => {
                 qmp.forget_events();
                 Ok(())
+            }
+            Action::Reset => {
+                // QEMU was started to end with the guest.
+                qmp.execute("set-action", json!({"reboot": "reset"}))?;
+                qmp.execute("system_reset", json!({}))
             }
         }
     }

@@ -45,6 +45,10 @@ fn main() {
             "tenants::next_vm_after_a_killed_one",
             next_vm_after_a_killed_one,
         ),
+        trial(
+            "tenants::next_boot_after_a_hard_reset",
+            next_boot_after_a_hard_reset,
+        ),
     ];
     trials.extend(tenants::NAMES.map(tenant_trial));
     libtest_mimic::run(&arguments, trials).exit();
@@ -169,10 +173,15 @@ fn failed_copies_show_nothing() -> Result {
     Ok(())
 }
 
-/// A machine is killed while its secrets are on the device.
+/// Shell commands that leave secrets on the device, and have others copy to and from it for ever.
+fn stress() -> String {
+    hold() + "\nhmm-stress run random-access --duration 600s --size 2M >&2 & sleep 1"
+}
+
+/// A machine is killed while its secrets are on the device and copies are under way.
 fn next_vm_after_a_killed_one() -> Result {
     let daemon = Daemon::small(&[])?;
-    let first = hold() + "\necho held; sleep 600";
+    let first = stress() + "\necho held; sleep 600";
     let mut first = run(&daemon, &first)?.launch()?;
     first.wait_for_line("held")?;
     check(daemon.memory_holds(HELD)?, || {
@@ -181,4 +190,27 @@ fn next_vm_after_a_killed_one() -> Result {
     first.kill("qemu-system", Signal::KILL)?;
     first.finish()?.expect_status(125)?;
     run(&daemon, LOOK)?.finish()?.expect_status(0)
+}
+
+/// A machine is reset in the same state: it finds the same device, in the middle of copies, and
+/// RAM and device memory as they were.
+fn next_boot_after_a_hard_reset() -> Result {
+    let stress = stress();
+    let script = format!(
+        "cd /sys/kernel/debug/virtio_hmm/hmm0 || exit 92
+         if grep -q '^to_device_requests 0$' device_counters; then
+             cd; {stress}
+             hmm-host reset; exit 93
+         fi
+         cd; {LOOK} || exit 94
+         hmm-stress run random-access --duration 2s --size 8M >&2 && echo again"
+    );
+    let run = vm(&["run", "--append", "init_on_alloc=0", "--counters"])?
+        .with(["--device-memory", "16M"])
+        .with(programs(&["hmm-hold"])?)
+        .with(["--", "sh", "-c", &format!("{NOT_CLEARED}\n{script}")])
+        .finish()?;
+    run.expect_status(0)?;
+    run.expect_error("hmm0 is not compared: ")?;
+    check(run.text() == "again\n", || run.text())
 }

@@ -9,7 +9,7 @@ use hmm_init::{ACTION_COMMAND, ACTION_PORT, Action, Answer, Request, receive, se
 
 use crate::{Error, open_port, with_sources};
 
-const USAGE: &str = "unplug N | plug N | kill N | pause N SECONDS | wake";
+const USAGE: &str = "unplug N | plug N | kill N | pause N SECONDS | wake | reset";
 
 /// Asks the host for what the words say, and waits until it is done.
 pub(crate) fn ask(words: &[String]) -> ExitCode {

@@ -175,6 +175,8 @@ pub enum Action {
     },
     /// Wake the machine up once it is suspended.
     Wake,
+    /// Reset the machine, as its button does: it boots again, with the same command.
+    Reset,
 }
 
 impl Action {
@@ -198,6 +200,7 @@ impl Action {
                 seconds: number(seconds)?,
             },
             ["wake"] => Self::Wake,
+            ["reset"] => Self::Reset,
             _ => return None,
         })
     }
@@ -285,6 +288,7 @@ mod tests {
             })
         );
         assert_eq!(parse("wake"), Some(Action::Wake));
+        assert_eq!(parse("reset"), Some(Action::Reset));
         for text in ["", "unplug", "unplug -1", "wake 1", "pause 0", "reboot"] {
             assert_eq!(parse(text), None, "{text}");
         }
