@@ -92,6 +92,7 @@ pub fn run(
                 reason,
                 seconds: start.elapsed().as_secs_f64(),
                 mismatches: counts.mismatches - before.mismatches,
+                lost: counts.sigbus - before.sigbus,
                 operations: counts.operations - before.operations,
             }
         }

@@ -242,15 +242,20 @@ impl Context {
         counts()
             .operations
             .fetch_add(pages.len() as u64, Ordering::Relaxed);
-        let mut first: Option<Mismatch> = None;
+        let mut first: Option<Failure> = None;
         for page in pages {
-            if let Err(mismatch) = region.check(page, generation(page)) {
-                let wrong = u64::from(!region.is_lost(page));
-                counts().mismatches.fetch_add(wrong, Ordering::Relaxed);
-                first.get_or_insert(mismatch);
+            let Err(mismatch) = region.check(page, generation(page)) else {
+                continue;
+            };
+            if region.is_lost(page) {
+                let Mismatch { page, address, .. } = mismatch;
+                first.get_or_insert(Failure::Lost { page, address });
+            } else {
+                counts().mismatches.fetch_add(1, Ordering::Relaxed);
+                first.get_or_insert(Failure::Mismatch(mismatch));
             }
         }
-        first.map_or(Ok(()), |mismatch| Err(Failure::Mismatch(mismatch)))
+        first.map_or(Ok(()), Err)
     }
 
     /// Require that each of `pages` is where `expected` says.

@@ -17,6 +17,14 @@ pub enum Failure {
     /// Memory does not hold what was written to it.
     #[error("{0}")]
     Mismatch(Mismatch),
+    /// Memory is lost, and the kernel has said so.
+    #[error("page {page} (at {address:#x}) is lost, by SIGBUS")]
+    Lost {
+        /// Page in its region.
+        page: u64,
+        /// Its address at that moment.
+        address: usize,
+    },
     /// The system did not behave as it must.
     #[error("{0}")]
     Broken(String),

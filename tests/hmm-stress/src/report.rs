@@ -58,6 +58,9 @@ pub struct Case {
     pub seconds: f64,
     /// Pages that did not hold what they should.
     pub mismatches: u64,
+    /// Pages that the kernel said are lost, by SIGBUS.
+    #[serde(default)]
+    pub lost: u64,
     /// Pages checked and calls made.
     pub operations: u64,
 }
@@ -156,6 +159,7 @@ mod tests {
             reason: None,
             seconds: 0.5,
             mismatches: 0,
+            lost: 0,
             operations: 7,
         }
     }
@@ -174,9 +178,9 @@ mod tests {
     #[test]
     fn lines_come_back_as_they_were() {
         let lines = [
-            r#"{"type":"test","name":"ksm","result":"pass","seconds":1.0,"mismatches":0,"operations":0}"#,
+            r#"{"type":"test","name":"ksm","result":"pass","seconds":1.0,"mismatches":0,"lost":0,"operations":0}"#,
             r#"{"type":"begin","seed":1,"size":4096,"threads":2}"#,
-            r#"{"type":"scenario","name":"sparse","result":"skip","reason":"x","seconds":1.0,"mismatches":0,"operations":0}"#,
+            r#"{"type":"scenario","name":"sparse","result":"skip","reason":"x","seconds":1.0,"mismatches":0,"lost":0,"operations":0}"#,
         ];
         for text in lines {
             let line: Line = serde_json::from_str(text).unwrap();
