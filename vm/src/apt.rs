@@ -78,31 +78,25 @@ impl Apt {
     /// there for another try until [`Self::forget`].
     pub(crate) fn unpack(&self, packages: &[String], root: &Path, report: Report) -> Result<()> {
         self.update(report)?;
+        let names = capture(&mut self.command("apt-cache", &["pkgnames"]))?;
         let packages = packages
             .iter()
-            .map(|package| self.newest(package))
+            .map(|pattern| match newest_match(pattern, &names) {
+                Some(name) => Ok(name.to_owned()),
+                None => Err(Error::NoPackage {
+                    pattern: pattern.clone(),
+                    mirror: self.mirror.clone(),
+                }),
+            })
             .collect::<Result<Vec<_>>>()?;
         self.download(&packages, report)?;
+        fs::create_dir_all(root).at("create", root)?;
         unpack(&self.packages()?, root, report)
     }
 
     /// Removes the downloaded packages.
     pub(crate) fn forget(&self) -> Result<()> {
         remove_all(&self.archives)
-    }
-
-    /// The package whose name has the newest number where `pattern` has a `*`.
-    fn newest(&self, pattern: &str) -> Result<String> {
-        let Some((prefix, _)) = pattern.split_once('*') else {
-            return Ok(pattern.to_owned());
-        };
-        let names = capture(&mut self.command("apt-cache", &["pkgnames", prefix]))?;
-        newest_match(pattern, &names)
-            .map(ToOwned::to_owned)
-            .ok_or_else(|| Error::NoPackage {
-                pattern: pattern.to_owned(),
-                mirror: self.mirror.clone(),
-            })
     }
 
     fn command(&self, program: &str, arguments: &[&str]) -> Command {
@@ -183,9 +177,12 @@ impl Apt {
     }
 }
 
-/// Of the names, one a line, the one with the newest number in the place of the `*`.
+/// Of the names, one a line, that of the pattern; where it has a `*`, the one with the newest
+/// number in its place.
 fn newest_match<'a>(pattern: &str, names: &'a str) -> Option<&'a str> {
-    let (prefix, suffix) = pattern.split_once('*')?;
+    let Some((prefix, suffix)) = pattern.split_once('*') else {
+        return names.lines().find(|name| *name == pattern);
+    };
     let numbers = |name: &str| -> Option<Vec<u32>> {
         let middle = name.strip_prefix(prefix)?.strip_suffix(suffix)?;
         middle.split('.').map(|part| part.parse().ok()).collect()
@@ -315,6 +312,11 @@ mod tests {
             Some("linux-image-7.3.1-amd64")
         );
         assert_eq!(newest("linux-image-6.12.*-amd64"), None);
+        assert_eq!(
+            newest("linux-image-7.3.1-amd64"),
+            Some("linux-image-7.3.1-amd64")
+        );
+        assert_eq!(newest("linux-image-7.3.1-amd64-"), None);
     }
 
     #[test]

@@ -48,7 +48,10 @@ pub enum Error {
     NotDebian(&'static str),
     #[error("no Debian mirror among this machine's apt sources: name one with --mirror URL")]
     NoMirror,
-    #[error("{mirror} has no package {pattern}, where * is any version")]
+    #[error(
+        "{mirror} has no package {pattern}{}",
+        if pattern.contains('*') { ", where * is any version" } else { "" }
+    )]
     NoPackage { pattern: String, mirror: String },
     #[error("the toolbox holds no {0}; `cargo vm clean` and a new run make it anew")]
     Incomplete(&'static str),

@@ -30,6 +30,7 @@ struct Recipe {
     directories: Vec<String>,
     programs: Vec<String>,
     applets: Vec<String>,
+    left_out: Vec<PathBuf>,
 }
 
 fn recipe() -> Result<Recipe> {
@@ -41,71 +42,84 @@ pub(crate) fn programs() -> Result<Vec<String>> {
     Ok(recipe()?.programs)
 }
 
-/// Writes the archive of one run.
-///
-/// `kernel_modules` are the kernel's own. `files` are the user's, and land in the guest's `/root`
-/// under their own names.
-///
-/// # Errors
-/// A file cannot be read or the archive cannot be written.
-pub fn write(
-    archive: &Path,
-    programs: &Programs,
-    busybox: &Path,
-    module: Option<&Path>,
-    kernel_modules: &[PathBuf],
-    files: &[PathBuf],
-    order: &Order,
-) -> Result<()> {
-    let recipe = recipe()?;
-    let failed = |source| Error::File {
-        action: "write",
-        path: archive.to_path_buf(),
-        source,
-    };
-    let mut cpio = Cpio::new(io::BufWriter::new(
-        fs::File::create(archive).map_err(failed)?,
-    ));
-    let mut directory = PathBuf::new();
-    for name in &recipe.directories {
-        directory.clear();
-        for part in Path::new(name) {
-            directory.push(part);
-            cpio.directory(&directory).map_err(failed)?;
+/// What the archive of one run holds, beside what its recipe says.
+#[derive(Debug)]
+pub struct Contents<'a> {
+    /// Where the programs are.
+    pub programs: &'a Programs,
+    /// The guest's shell and tools, linked statically.
+    pub busybox: &'a Path,
+    /// The driver.
+    pub module: Option<&'a Path>,
+    /// The kernel's own modules.
+    pub kernel_modules: &'a [PathBuf],
+    /// A root directory with Debian packages; what is in it has the same place in the guest.
+    pub packages: Option<&'a Path>,
+    /// The user's, which land in the guest's `/root` under their own names.
+    pub files: &'a [PathBuf],
+    /// What the guest is to do.
+    pub order: &'a Order,
+}
+
+impl Contents<'_> {
+    /// Writes the archive.
+    ///
+    /// # Errors
+    /// A file cannot be read or the archive cannot be written.
+    pub fn write(&self, archive: &Path) -> Result<()> {
+        let recipe = recipe()?;
+        let failed = |source| Error::File {
+            action: "write",
+            path: archive.to_path_buf(),
+            source,
+        };
+        let mut cpio = Cpio::new(io::BufWriter::new(
+            fs::File::create(archive).map_err(failed)?,
+        ));
+        let mut directory = PathBuf::new();
+        for name in &recipe.directories {
+            directory.clear();
+            for part in Path::new(name) {
+                directory.push(part);
+                cpio.directory(&directory).map_err(failed)?;
+            }
         }
-    }
-    cpio.copy("init", &programs.path(INIT))?;
-    cpio.link(&format!("bin/{ACTION_COMMAND}"), "../init")
-        .map_err(failed)?;
-    cpio.copy("bin/busybox", busybox)?;
-    for applet in &recipe.applets {
-        cpio.link(&format!("bin/{applet}"), "busybox")
+        cpio.copy("init", &self.programs.path(INIT))?;
+        cpio.link(&format!("bin/{ACTION_COMMAND}"), "../init")
             .map_err(failed)?;
-    }
-    for program in &recipe.programs {
-        cpio.copy(&format!("bin/{program}"), &programs.path(program))?;
-    }
-    if let Some(module) = module {
-        cpio.copy(MODULE_PATH.trim_start_matches('/'), module)?;
-    }
-    for module in kernel_modules {
-        cpio.copy(guest_path(module).trim_start_matches('/'), module)?;
-    }
-    let mut names = BTreeSet::new();
-    for file in files {
-        let full = file.canonicalize().at("read", file)?;
-        let name = full
-            .file_name()
-            .ok_or_else(|| Error::SameName { path: file.clone() })?;
-        if !names.insert(name.to_owned()) {
-            return Err(Error::SameName { path: file.clone() });
+        cpio.copy("bin/busybox", self.busybox)?;
+        for applet in &recipe.applets {
+            cpio.link(&format!("bin/{applet}"), "busybox")
+                .map_err(failed)?;
         }
-        cpio.copy_tree(&Path::new("root").join(name), &full)?;
+        for program in &recipe.programs {
+            cpio.copy(&format!("bin/{program}"), &self.programs.path(program))?;
+        }
+        if let Some(module) = self.module {
+            cpio.copy(MODULE_PATH.trim_start_matches('/'), module)?;
+        }
+        for module in self.kernel_modules {
+            cpio.copy(guest_path(module).trim_start_matches('/'), module)?;
+        }
+        if let Some(packages) = self.packages {
+            cpio.copy_root(Path::new(""), packages, &recipe.left_out)?;
+        }
+        let mut names = BTreeSet::new();
+        for file in self.files {
+            let full = file.canonicalize().at("read", file)?;
+            let name = full
+                .file_name()
+                .ok_or_else(|| Error::SameName { path: file.clone() })?;
+            if !names.insert(name.to_owned()) {
+                return Err(Error::SameName { path: file.clone() });
+            }
+            cpio.copy_tree(&Path::new("root").join(name), &full)?;
+        }
+        let order = serde_json::to_vec(self.order).map_err(|error| failed(error.into()))?;
+        cpio.file(Path::new(ORDER_PATH.trim_start_matches('/')), 0o644, &order)
+            .map_err(failed)?;
+        cpio.end().map_err(failed)
     }
-    let order = serde_json::to_vec(order).map_err(|error| failed(error.into()))?;
-    cpio.file(Path::new(ORDER_PATH.trim_start_matches('/')), 0o644, &order)
-        .map_err(failed)?;
-    cpio.end().map_err(failed)
 }
 
 struct Cpio<W> {
@@ -170,9 +184,7 @@ impl<W: Write> Cpio<W> {
         let metadata = fs::metadata(from).at("read", from)?;
         if metadata.is_dir() {
             self.directory(name).at("archive", from)?;
-            let mut entries: Vec<_> = fs::read_dir(from).at("read", from)?.flatten().collect();
-            entries.sort_by_key(fs::DirEntry::file_name);
-            return entries.iter().try_for_each(|entry| {
+            return entries(from)?.iter().try_for_each(|entry| {
                 self.copy_tree(&name.join(entry.file_name()), &entry.path())
             });
         }
@@ -184,10 +196,40 @@ impl<W: Write> Cpio<W> {
             .at("archive", from)
     }
 
+    /// What is in the directory `name` of `root`, links as they are.
+    fn copy_root(&mut self, name: &Path, root: &Path, left_out: &[PathBuf]) -> Result<()> {
+        for entry in entries(&root.join(name))? {
+            let (name, from) = (name.join(entry.file_name()), entry.path());
+            let kind = entry.file_type().at("read", &from)?;
+            if left_out.contains(&name) {
+                continue;
+            }
+            if kind.is_dir() {
+                self.directory(&name).at("archive", &from)?;
+                self.copy_root(&name, root, left_out)?;
+            } else if kind.is_symlink() {
+                let target = fs::read_link(&from).at("read", &from)?;
+                let target = target.as_os_str().as_encoded_bytes();
+                self.entry(&name, SYMLINK, 1, target).at("archive", &from)?;
+            } else {
+                self.copy_tree(&name, &from)?;
+            }
+        }
+        Ok(())
+    }
+
     fn end(mut self) -> io::Result<()> {
         self.entry(Path::new("TRAILER!!!"), 0, 1, &[])?;
         self.to.flush()
     }
+}
+
+/// What is in a directory, by name.
+fn entries(directory: &Path) -> Result<Vec<fs::DirEntry>> {
+    let entries = fs::read_dir(directory).at("read", directory)?;
+    let mut entries: Vec<_> = entries.flatten().collect();
+    entries.sort_by_key(fs::DirEntry::file_name);
+    Ok(entries)
 }
 
 fn pad(to: &mut impl Write, length: usize, least: usize) -> io::Result<()> {

@@ -45,6 +45,9 @@ enum Command {
         /// Copy a file or directory into the guest's /root (again for more)
         #[arg(long, value_name = "PATH")]
         with: Vec<PathBuf>,
+        /// Put a Debian package into the guest, and what it depends on (again for more)
+        #[arg(long, value_name = "NAME")]
+        with_package: Vec<String>,
         /// Set a variable in the command's environment (again for more)
         #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
         env: Vec<(String, String)>,
@@ -148,6 +151,9 @@ enum Command {
         /// Copy a file or directory into the guest's /root (again for more)
         #[arg(long, value_name = "PATH")]
         with: Vec<PathBuf>,
+        /// Put a Debian package into the guest, and what it depends on (again for more)
+        #[arg(long, value_name = "NAME")]
+        with_package: Vec<String>,
         /// Show on standard error what driver and device counted
         #[arg(long, conflicts_with = "no_device")]
         counters: bool,
@@ -181,6 +187,7 @@ fn execute(command: Command) -> Result<u8> {
         Command::Run {
             machine,
             with,
+            with_package,
             env,
             counters,
             command,
@@ -190,6 +197,7 @@ fn execute(command: Command) -> Result<u8> {
             &Job {
                 command,
                 files: with,
+                packages: with_package,
                 environment: env.into_iter().collect(),
                 forward_input: !stdin().is_terminal(),
                 ..Job::default()
@@ -272,6 +280,7 @@ fn execute(command: Command) -> Result<u8> {
         Command::Boot {
             machine,
             with,
+            with_package,
             counters,
         } => {
             let interactive = stdin().is_terminal() && stdout().is_terminal();
@@ -283,6 +292,7 @@ fn execute(command: Command) -> Result<u8> {
                 &Job {
                     command,
                     files: with,
+                    packages: with_package,
                     interactive,
                     forward_input: !interactive,
                     ..Job::default()

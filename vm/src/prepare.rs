@@ -15,14 +15,15 @@ use crate::build::{self, Programs};
 use crate::daemon::Sockets;
 use crate::devices::own_sockets;
 use crate::error::{EXIT_TIMEOUT, Error, FileContext, Result};
-use crate::initramfs::{self, MODULE_PATH, guest_path};
+use crate::initramfs::{Contents, MODULE_PATH, guest_path};
 use crate::kernel::{self, KERNEL_VARIABLE, Kernel};
 use crate::machine::Machine;
 use crate::named_kernel::NamedKernel;
-use crate::paths::{Cache, remove_all};
+use crate::paths::{self, Cache, remove_all};
 use crate::process::shell_line;
-use crate::profile::Profile;
+use crate::profile::{Profile, read_toml};
 use crate::report::Report;
+use crate::root::{Recipe, Root};
 use crate::run::{DeviceAt, Finished, Limits, Run, run_files, scratch_directory};
 use crate::sampler::Sampler;
 use crate::terminal;
@@ -146,6 +147,8 @@ pub struct Job {
     pub command: Vec<String>,
     /// Files of the user's.
     pub files: Vec<PathBuf>,
+    /// Debian packages that go into the guest with what they depend on.
+    pub packages: Vec<String>,
     /// Variables of the user's.
     pub environment: BTreeMap<String, String>,
     /// Run it on the console, for a person.
@@ -343,6 +346,7 @@ impl Prepared {
         limits: Limits,
         output: &mut dyn FnMut(hmm_init::Stream, &[u8]) -> io::Result<()>,
     ) -> Result<Finished> {
+        let packages = self.packages(&job.packages)?;
         let scratch = scratch_directory()?;
         let logs = self.new_log_directory()?;
         let driver = self.profile.driver.load && !matches!(device, DeviceAt::Nowhere);
@@ -369,15 +373,16 @@ impl Prepared {
             terminal: job.interactive.then(terminal::size),
         };
         let files = run_files(scratch.path(), &logs);
-        initramfs::write(
-            &files.initramfs,
-            &self.programs,
-            &self.toolbox.busybox(),
-            self.module.as_deref().filter(|_| driver),
-            &modules,
-            &job.files,
-            &order,
-        )?;
+        let contents = Contents {
+            programs: &self.programs,
+            busybox: &self.toolbox.busybox(),
+            module: self.module.as_deref().filter(|_| driver),
+            kernel_modules: &modules,
+            packages: packages.as_ref().map(Root::path),
+            files: &job.files,
+            order: &order,
+        };
+        contents.write(&files.initramfs)?;
         let run = Run {
             machine: Machine {
                 toolbox: &self.toolbox,
@@ -398,6 +403,19 @@ impl Prepared {
             logs,
             cause: Box::new(error),
         })
+    }
+
+    /// A root directory with these Debian packages, if there are any.
+    fn packages(&self, packages: &[String]) -> Result<Option<Root>> {
+        if packages.is_empty() {
+            return Ok(None);
+        }
+        let mut recipe: Recipe = read_toml(&paths::checkout().join("images/packages.toml"))?;
+        recipe.packages.extend_from_slice(packages);
+        let what = format!("the guest's packages ({})", packages.join(", "));
+        let root = Root::place(&what, recipe, &self.cache);
+        root.make(&self.cache, self.options.mirror.as_deref(), Report)?;
+        Ok(Some(root))
     }
 
     fn new_log_directory(&self) -> Result<PathBuf> {

@@ -99,7 +99,6 @@ impl Root {
         ));
         let partial = self.path.with_extension("partial");
         remove_all(&partial)?;
-        fs::create_dir_all(&partial).at("create", &partial)?;
         apt.unpack(&recipe.packages, &partial, report)?;
         for directory in &recipe.directories {
             let directory = partial.join(directory);

@@ -27,8 +27,8 @@ use crate::counters::{Devices, end_processes};
 /// How long output may be missing after the program's end before it counts
 /// as complete: a child of the program may hold the pipe open for ever.
 const LAST_OUTPUT: Duration = Duration::from_millis(300);
-/// The user's files come first.
-const PATH: &str = "/root:/bin";
+/// The user's files come first, those of Debian packages last.
+const PATH: &str = "/root:/bin:/usr/bin:/usr/sbin";
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
 /// The kernel's `MODULE_INIT_COMPRESSED_FILE`.
 const COMPRESSED: i32 = 4;
