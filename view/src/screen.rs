@@ -138,15 +138,14 @@ impl Screen {
     }
 
     fn head(&self, device: &Device, area: Rect, buf: &mut Buffer) {
-        let mut left = vec![
-            " hmm-top ".bold().reversed(),
-            format!(" {}", device.name).into(),
-        ];
+        let mut left = vec![" hmm-top ".bold().reversed()];
         let mut keys = "q quit ";
         if self.devices.len() > 1 {
-            left.push(format!(" ({} of {})", self.shown + 1, self.devices.len()).into());
+            left.push(format!(" {} of {},", self.shown + 1, self.devices.len()).into());
             keys = "Tab next, q quit ";
         }
+        // At the end, where there may be no place for all of it.
+        left.push(format!(" {}", device.name).into());
         let session = match device.activity.session {
             0 => "no VM yet".to_owned(),
             session if device.activity.connected => format!("VM session {session}"),
@@ -567,8 +566,8 @@ mod tests {
     fn one_device_after_another_is_shown() {
         let mut screen = Screen::new(vec![device(1), Device::new("other".into())]);
         for place in [1, 2, 1] {
-            let head = &show(&screen, 100, 24)[0];
-            assert!(head.contains(&format!("({place} of 2)")), "{head}");
+            let head = &show(&screen, 80, 24)[0];
+            assert!(head.contains(&format!(" {place} of 2, ")), "{head}");
             assert_eq!(head.contains("other"), place == 2, "{head}");
             screen.next();
         }

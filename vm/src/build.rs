@@ -23,6 +23,9 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "vm";
 /// Package and binary of the device daemon.
 const DAEMON: &str = "vhost-device-hmm";
+/// Package of the programs that show what a device does, and one of them.
+const VIEW: &str = "hmm-view";
+const TOP: &str = "hmm-top";
 /// Package and binary of the guest's first program.
 pub(crate) const INIT: &str = "hmm-init";
 const MODULE: &str = "virtio_hmm.ko";
@@ -42,7 +45,7 @@ pub fn cargo() -> Command {
 /// Where the Rust programs are, once they are built.
 #[derive(Clone, Debug)]
 pub struct Programs {
-    directory: PathBuf,
+    target: PathBuf,
 }
 
 impl Programs {
@@ -59,7 +62,7 @@ impl Programs {
         let metadata: Metadata = serde_json::from_str(&json)
             .map_err(|error| Error::Config(format!("cargo metadata: {error}")))?;
         Ok(Self {
-            directory: metadata.target_directory.join(TARGET).join(PROFILE),
+            target: metadata.target_directory,
         })
     }
 
@@ -100,30 +103,48 @@ impl Programs {
         command
             .env("RUSTFLAGS", flags)
             .env_remove("CARGO_ENCODED_RUSTFLAGS");
-        let status = die_with_parent(&mut command, Signal::TERM)
-            .stdin(Stdio::null())
-            .status()
-            .map_err(|source| Error::Start {
-                program: "cargo".into(),
-                source,
-            })?;
-        if status.success() {
-            Ok(())
-        } else {
-            Err(Error::Build(status))
+        run_build(&mut command)
+    }
+
+    /// Builds `hmm-top` as cargo does by default, which takes less time, and says where it is.
+    ///
+    /// # Errors
+    /// The build fails.
+    pub fn build_top(&self) -> Result<PathBuf> {
+        let top = self.target.join("debug").join(TOP);
+        if !top.exists() {
+            Report.line("building hmm-top");
         }
+        let mut command = cargo();
+        command.args(["build", "--quiet", "--package", VIEW, "--bin", TOP]);
+        run_build(&mut command).map(|()| top)
     }
 
     /// Path of a program.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
-        self.directory.join(name)
+        self.target.join(TARGET).join(PROFILE).join(name)
     }
 
     /// Path of the device daemon.
     #[must_use]
     pub fn daemon(&self) -> PathBuf {
         self.path(DAEMON)
+    }
+}
+
+fn run_build(command: &mut Command) -> Result<()> {
+    let status = die_with_parent(command, Signal::TERM)
+        .stdin(Stdio::null())
+        .status()
+        .map_err(|source| Error::Start {
+            program: "cargo".into(),
+            source,
+        })?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(Error::Build(status))
     }
 }
 

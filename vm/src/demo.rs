@@ -91,11 +91,12 @@ impl Demo {
     }
 }
 
-/// Boots a machine, stresses the device and compares the counters of its two sides.
+/// Boots a machine, stresses the device, beside `hmm-top` if that is wanted, and compares the
+/// counters of its two sides.
 ///
 /// # Errors
 /// The machine or the stress program could not be run to the end.
-pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
+pub fn run(options: &MachineOptions, seed: Option<u64>, top: bool) -> Result<Demo> {
     let started = std::time::Instant::now();
     let prepared = Prepared::new(options)?;
     let seed = seed.unwrap_or_else(random_seed);
@@ -112,6 +113,7 @@ pub fn run(options: &MachineOptions, seed: Option<u64>) -> Result<Demo> {
     let mut lines = Lines::default();
     let job = Job {
         command: vec!["sh".into(), "-c".into(), script],
+        top,
         ..Job::default()
     };
     let finished = prepared.run(&job, &mut |stream, data| match stream {

@@ -37,5 +37,6 @@ mod terminal;
 pub mod testing;
 pub mod toolbox;
 pub mod units;
+pub mod view;
 
 pub use error::{Error, Result};

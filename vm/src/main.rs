@@ -18,6 +18,7 @@ use hmm_vm::sampler::Sampler;
 use hmm_vm::stress::{self, Wanted};
 use hmm_vm::toolbox::{self, TOOLBOX_VARIABLE};
 use hmm_vm::units::parse_duration;
+use hmm_vm::view::check_terminal;
 use hmm_vm::{Error, Result, bench, demo, doctor, reconcile, testing};
 use serde::Serialize;
 
@@ -54,6 +55,9 @@ enum Command {
         /// Show on standard error what driver and device counted
         #[arg(long, conflicts_with = "no_device")]
         counters: bool,
+        /// Show what the devices do on the terminal, as hmm-top does; the output comes once q has ended that
+        #[arg(long, conflicts_with_all = ["no_device", "gdb"])]
+        top: bool,
         /// The command and its arguments
         #[arg(last = true, required = true)]
         command: Vec<String>,
@@ -69,6 +73,9 @@ enum Command {
         /// Repeat the stress of an earlier run
         #[arg(long)]
         seed: Option<u64>,
+        /// Show what the devices do on the terminal, as hmm-top does, until q or the end
+        #[arg(long, conflicts_with_all = ["no_device", "gdb", "json"])]
+        top: bool,
         /// Print one JSON object on standard output
         #[arg(long)]
         json: bool,
@@ -93,6 +100,9 @@ enum Command {
         /// Write a page with charts, and its data, into this directory
         #[arg(long, value_name = "DIR")]
         report: Option<PathBuf>,
+        /// Show what the devices do on the terminal, as hmm-top does, until q or the end
+        #[arg(long, conflicts_with_all = ["no_device", "gdb", "json"])]
+        top: bool,
         /// Print one JSON object on standard output
         #[arg(long)]
         json: bool,
@@ -190,6 +200,7 @@ fn execute(command: Command) -> Result<u8> {
             with_package,
             env,
             counters,
+            top,
             command,
         } => run(
             &machine,
@@ -200,19 +211,22 @@ fn execute(command: Command) -> Result<u8> {
                 packages: with_package,
                 environment: env.into_iter().collect(),
                 forward_input: !stdin().is_terminal(),
+                top,
                 ..Job::default()
             },
         ),
         Command::Demo {
             machine,
             seed,
+            top,
             json,
         } => {
             if machine.dry_run {
                 print!("{}", dry_run(&machine, false)?);
                 return Ok(0);
             }
-            let demo = demo::run(&machine, seed)?;
+            check_top(top)?;
+            let demo = demo::run(&machine, seed, top)?;
             show(&demo, demo.table(), json)?;
             Ok(u8::from(!demo.passed()))
         }
@@ -222,6 +236,7 @@ fn execute(command: Command) -> Result<u8> {
             seed,
             turn,
             report,
+            top,
             json,
         } => {
             if machine.dry_run {
@@ -232,7 +247,9 @@ fn execute(command: Command) -> Result<u8> {
                 duration,
                 seed,
                 turn: turn.as_deref(),
+                top,
             };
+            check_top(top)?;
             let directory = report.as_deref().map(ReportDirectory::open).transpose()?;
             let sampler = directory.is_some().then(Sampler::default);
             let stress = stress::run(&machine, wanted, sampler)?;
@@ -327,11 +344,16 @@ fn clean() -> Result<()> {
     Ok(())
 }
 
+fn check_top(wanted: bool) -> Result<()> {
+    if wanted { check_terminal() } else { Ok(()) }
+}
+
 fn run(machine: &MachineOptions, counters: bool, job: &Job) -> Result<u8> {
     if machine.dry_run {
         print!("{}", dry_run(machine, job.interactive)?);
         return Ok(0);
     }
+    check_top(job.top)?;
     let finished = Prepared::new(machine)?.run(job, &mut pass_on)?;
     if reconcile::tell(&finished.devices, counters) {
         return Ok(EXIT_COUNTERS);

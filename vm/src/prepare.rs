@@ -157,6 +157,8 @@ pub struct Job {
     pub forward_input: bool,
     /// Unload the driver when it has ended.
     pub unload: bool,
+    /// Have `hmm-top` show the devices meanwhile, on the terminal.
+    pub top: bool,
     /// Watch the devices meanwhile.
     pub sampler: Option<Sampler>,
 }
@@ -347,6 +349,7 @@ impl Prepared {
         output: &mut dyn FnMut(hmm_init::Stream, &[u8]) -> io::Result<()>,
     ) -> Result<Finished> {
         let packages = self.packages(&job.packages)?;
+        let top = job.top.then(|| self.programs.build_top()).transpose()?;
         let scratch = scratch_directory()?;
         let logs = self.new_log_directory()?;
         let driver = self.profile.driver.load && !matches!(device, DeviceAt::Nowhere);
@@ -397,6 +400,7 @@ impl Prepared {
             limits,
             logs: &logs,
             forward_input: job.forward_input,
+            top,
             sampler: job.sampler.as_ref(),
         };
         run.go(scratch.path(), output).map_err(|error| Error::Run {

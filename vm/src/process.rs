@@ -100,9 +100,17 @@ impl Guarded {
         on_parent_death: Signal,
         patience: Duration,
     ) -> Result<Self> {
+        Self::start_in_foreground(command.process_group(0), on_parent_death, patience)
+    }
+
+    /// Starts a command that shares the tool's process group, and so its terminal.
+    pub(crate) fn start_in_foreground(
+        command: &mut Command,
+        on_parent_death: Signal,
+        patience: Duration,
+    ) -> Result<Self> {
         let program = name(command);
         let child = die_with_parent(command, on_parent_death)
-            .process_group(0)
             .spawn()
             .map_err(|source| Error::Start { program, source })?;
         Ok(Self { child, patience })
@@ -120,6 +128,18 @@ impl Guarded {
         }
     }
 
+    /// Ends it, unless it has ended, and says how it did.
+    pub(crate) fn end(&mut self) -> Option<ExitStatus> {
+        if self.ended().is_none() {
+            self.signal(Signal::TERM);
+            if !self.ends_within(self.patience) {
+                let _ = self.child.kill();
+                return self.child.wait().ok();
+            }
+        }
+        self.ended()
+    }
+
     fn ends_within(&mut self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         while self.ended().is_none() {
@@ -134,14 +154,7 @@ impl Guarded {
 
 impl Drop for Guarded {
     fn drop(&mut self) {
-        if self.ended().is_some() {
-            return;
-        }
-        self.signal(Signal::TERM);
-        if !self.ends_within(self.patience) {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
+        self.end();
     }
 }
 

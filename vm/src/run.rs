@@ -29,6 +29,7 @@ use crate::reconcile::{self, Guest};
 use crate::report::Report;
 use crate::sampler::Sampler;
 use crate::terminal;
+use crate::view::View;
 
 /// How long a guest whose command has ended may take to power off.
 const POWER_OFF: Duration = Duration::from_secs(30);
@@ -108,6 +109,8 @@ pub struct Run<'a> {
     pub logs: &'a Path,
     /// Whether the command reads this process's standard input.
     pub forward_input: bool,
+    /// `hmm-top`, if it is to have the terminal once the guest is up.
+    pub top: Option<PathBuf>,
     /// What watches the devices.
     pub sampler: Option<&'a Sampler>,
 }
@@ -168,6 +171,7 @@ impl Run<'_> {
         let control = devices.control_sockets();
         let devices = Arc::new(Mutex::new(devices));
         let sampling = self.sampler.map(|sampler| sampler.start(&control));
+        let top = self.top.take().map(|program| (program, control));
         let host = Host {
             monitor: bind(&files.monitor)?,
             port: bind(&files.actions)?,
@@ -205,9 +209,12 @@ impl Run<'_> {
             signals,
             guest,
             counted: Guest::default(),
+            top,
+            view: None,
         };
         let finished = watch.follow(&mut qemu, &devices, &qemu_log, terminal.as_ref(), output);
         drop(terminal);
+        drop(watch.view.take());
         drop(qemu);
         drop(disk);
         drop(sampling);
@@ -265,6 +272,9 @@ struct Watch {
     signals: Signals,
     guest: Receiver<io::Result<Event>>,
     counted: Guest,
+    /// What shows the devices behind these control sockets, until it does.
+    top: Option<(PathBuf, Vec<PathBuf>)>,
+    view: Option<View>,
 }
 
 impl Watch {
@@ -298,6 +308,9 @@ impl Watch {
                         again = !kernel.is_empty();
                         kernel = release;
                         boot = self.started.elapsed();
+                        if let Some((program, control)) = self.top.take() {
+                            self.view = Some(View::start(&program, &control)?);
+                        }
                     }
                     Event::Driver | Event::Alive => {}
                     Event::Counters {
@@ -334,6 +347,13 @@ impl Watch {
             }
 
             self.signals.check()?;
+            if let Some(end) = self.view.as_mut().and_then(View::ended) {
+                self.view = None;
+                // A Ctrl-C on its screen is for the run.
+                if end.code() == Some(128 + SIGINT) {
+                    return Err(Error::Interrupted(SIGINT));
+                }
+            }
             let log = Path::new("the console's log");
             let (grown, complaint) = self.console.advance().at("read", log)?;
             if let Some(complaint) = complaint {

@@ -274,6 +274,8 @@ pub struct Wanted<'a> {
     pub seed: Option<u64>,
     /// One turn with that seed, of this name, instead of all for a time.
     pub turn: Option<&'a str>,
+    /// Whether `hmm-top` shows the devices meanwhile.
+    pub top: bool,
 }
 
 /// Boots a machine and stresses the device in it, watched by the sampler if there is one.
@@ -300,6 +302,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted, sampler: Option<Sampler>) -
     let job = Job {
         command: vec!["sh".into(), "-c".into(), script(&turns, seed, duration)],
         files: prepared.kernel().module_files(&MODULES),
+        top: wanted.top,
         sampler,
         unload: true,
         ..Job::default()
@@ -372,7 +375,7 @@ fn machine_words(words: impl Iterator<Item = String>) -> String {
     while let Some(word) = words.next() {
         match word.as_str() {
             "--duration" | "--seed" | "--turn" | "--report" => drop(words.next()),
-            "--json" => {}
+            "--json" | "--top" => {}
             word if ["--duration=", "--seed=", "--turn=", "--report="]
                 .iter()
                 .any(|option| word.starts_with(option)) => {}

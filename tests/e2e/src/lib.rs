@@ -6,12 +6,14 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hmm_vm::build::Programs;
 use hmm_vm::daemon::{Counted, Counters, counted, counters};
 use hmm_vm::error::with_sources;
+use hmm_vm::process::shell_line;
 use hmm_vm::testing::TOOL_VARIABLE;
 use libtest_mimic::{Completion, Failed, Trial};
 use rustix::process::{Pid, Signal, kill_process};
@@ -25,6 +27,8 @@ pub type Result<T = (), E = Failure> = std::result::Result<T, E>;
 
 /// No step of a test takes this long.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// What a terminal shows once the tool has ended, if it is then as it was before.
+const AS_BEFORE: &str = "the terminal is as before";
 
 /// Why a test failed.
 #[derive(Debug)]
@@ -222,11 +226,118 @@ impl Tool {
         Ok(Ok(self))
     }
 
+    /// Starts it on a terminal.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn on_a_terminal(self) -> Result<Terminal> {
+        let script = format!(
+            "trap : INT; stty rows 24 columns 80; before=$(stty -g); {}; status=$?
+            [ \"$(stty -g)\" != \"$before\" ] || echo {AS_BEFORE}; exit $status",
+            shell_line(&self.command)
+        );
+        let mut child = Command::new("script")
+            .args(["--quiet", "--return", "--command", &script, "/dev/null"])
+            .env("SHELL", "/bin/sh")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let stdout = child.stdout.take();
+        let mut stdout = stdout.ok_or_else(|| Failure("no stdout".into()))?;
+        let (to_test, written) = mpsc::channel();
+        thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(count @ 1..) = stdout.read(&mut bytes)
+                && to_test
+                    .send(bytes.get(..count).unwrap_or_default().to_vec())
+                    .is_ok()
+            {}
+        });
+        Ok(Terminal {
+            child,
+            written,
+            screen: vt100::Parser::default(),
+        })
+    }
+
     /// Keeps its standard input open for [`Running::say`].
     #[must_use]
     pub fn listening(mut self) -> Self {
         self.command.stdin(Stdio::piped());
         self
+    }
+}
+
+/// `cargo vm` on a terminal of its own, which script(1), of util-linux, makes.
+pub struct Terminal {
+    child: Child,
+    written: Receiver<Vec<u8>>,
+    screen: vt100::Parser,
+}
+
+impl Terminal {
+    /// Waits until what is on the screen is as wanted.
+    ///
+    /// # Errors
+    /// It is not within the time any step may take.
+    pub fn wait_for(&mut self, wanted: impl Fn(&vt100::Screen) -> bool) -> Result {
+        while !wanted(self.screen.screen()) {
+            let bytes = self.written.recv_timeout(PATIENCE).map_err(|error| {
+                let shown = self.screen.screen().contents();
+                Failure(format!("{error}, and the screen shows\n{shown}"))
+            })?;
+            self.screen.process(&bytes);
+        }
+        Ok(())
+    }
+
+    /// Waits until this is on the screen.
+    ///
+    /// # Errors
+    /// It is not within the time any step may take.
+    pub fn shows(&mut self, text: &str) -> Result {
+        self.wait_for(|screen| screen.contents().contains(text))
+    }
+
+    /// Types these keys.
+    ///
+    /// # Errors
+    /// The terminal is gone.
+    pub fn press(&mut self, keys: &str) -> Result {
+        let stdin = self.child.stdin.as_mut();
+        let stdin = stdin.ok_or_else(|| Failure("no terminal".into()))?;
+        Ok(stdin.write_all(keys.as_bytes())?)
+    }
+
+    /// Kills a process that the tool has started.
+    ///
+    /// # Errors
+    /// There is none whose command line has this in it.
+    pub fn kill(&self, name: &str) -> Result {
+        let tools = children(self.child.id()).into_iter().flat_map(children);
+        Ok(kill_process(
+            find(tools.flat_map(children), name)?,
+            Signal::KILL,
+        )?)
+    }
+
+    /// Waits for the tool's end, after which the terminal has to be as it was before.
+    ///
+    /// # Errors
+    /// It is not, or the exit status is another one.
+    pub fn end(mut self, status: i32) -> Result {
+        self.shows(AS_BEFORE)?;
+        self.wait_for(|screen| !screen.alternate_screen() && !screen.hide_cursor())?;
+        let end = self.child.wait()?.code();
+        check(end == Some(status), || format!("exit status {end:?}"))
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // script(1) then hangs up on the tool.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -308,14 +419,7 @@ impl Running {
     /// # Errors
     /// There is none.
     pub fn child(&self, name: &str) -> Result<Pid> {
-        let children = children(self.child.id());
-        children
-            .into_iter()
-            .find(|pid| {
-                let path = format!("/proc/{}/cmdline", pid.as_raw_nonzero());
-                fs::read(path).is_ok_and(|line| String::from_utf8_lossy(&line).contains(name))
-            })
-            .ok_or_else(|| Failure(format!("no process {name} runs")))
+        find(children(self.child.id()), name)
     }
 
     /// Sends a signal to one of its processes.
@@ -400,9 +504,20 @@ impl Running {
     }
 }
 
+/// The process whose command line has this in it.
+fn find(processes: impl IntoIterator<Item = Pid>, name: &str) -> Result<Pid> {
+    let is_named = |pid: &Pid| {
+        let path = format!("/proc/{pid}/cmdline");
+        fs::read(path).is_ok_and(|line| String::from_utf8_lossy(&line).contains(name))
+    };
+    let mut processes = processes.into_iter();
+    let found = processes.find(is_named);
+    found.ok_or_else(|| Failure(format!("no process {name} runs")))
+}
+
 /// The processes that process `parent` has started.
 #[must_use]
-pub fn children(parent: u32) -> Vec<Pid> {
+pub fn children(parent: impl std::fmt::Display) -> Vec<Pid> {
     let tasks = fs::read_dir(format!("/proc/{parent}/task"))
         .into_iter()
         .flatten()

@@ -47,6 +47,10 @@ fn main() {
             "boot_on_a_terminal_is_a_shell",
             boot_on_a_terminal_is_a_shell,
         ),
+        trial("top_shows_the_device_until_q", top_shows_the_device),
+        trial("a_killed_top_gives_the_terminal_back", killed_top),
+        trial("ctrl_c_in_top_ends_the_run", ctrl_c_in_top),
+        trial("top_without_a_terminal_is_refused", top_is_refused),
         trial(
             "driver_unload_brings_pages_home",
             driver_unload_brings_pages_home,
@@ -154,48 +158,79 @@ fn boot_reads_commands_from_a_pipe() -> Result {
     })
 }
 
-/// script(1), of util-linux, gives the tool a terminal.
 fn boot_on_a_terminal_is_a_shell() -> Result {
-    let tool = std::env::var(hmm_vm::testing::TOOL_VARIABLE)
-        .map_err(|_| Failure("this boots a VM: run it with `cargo vm test`".into()))?;
-    let mut child = std::process::Command::new("script")
-        .args([
-            "--quiet",
-            "--return",
-            "--command",
-            &format!("'{tool}' boot"),
-            "/dev/null",
-        ])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()?;
-    let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-        return Err(Failure("no pipes".into()));
-    };
-    // The prompt comes without a line end.
-    let mut seen = Vec::new();
-    let mut bytes = std::io::Read::bytes(stdout);
-    let mut wait_for = |wanted: &str| -> Result {
-        while !String::from_utf8_lossy(&seen).contains(wanted) {
-            match bytes.next() {
-                Some(byte) => seen.push(byte?),
-                None => {
-                    let seen = String::from_utf8_lossy(&seen).into_owned();
-                    return Err(Failure(format!("no {wanted:?} in {seen:?}")));
-                }
-            }
-        }
-        Ok(())
-    };
-    wait_for("# ")?;
-    std::io::Write::write_all(&mut stdin, b"tty; echo $((6 * 7))\r")?;
-    wait_for("/dev/ttyS0")?;
-    wait_for("42")?;
-    std::io::Write::write_all(&mut stdin, b"exit 9\r")?;
-    let status = child.wait()?.code();
-    check(status == Some(9), || {
-        format!("the shell's exit status became {status:?}")
-    })
+    let mut terminal = vm(&["boot"])?.on_a_terminal()?;
+    terminal.shows("#")?;
+    terminal.press("tty; echo $((6 * 7))\r")?;
+    terminal.shows("/dev/ttyS0\n42\n")?;
+    terminal.press("exit 9\r")?;
+    terminal.end(9)
+}
+
+fn top_shows_the_device() -> Result {
+    let script = "echo early; hmm-stress run ping-pong --duration 15s; echo late; exit 9";
+    let command = ["run", "--top", "--", "sh", "-c", script];
+    let mut terminal = vm(&command)?.on_a_terminal()?;
+    // Below its name is what moves to the device now.
+    terminal.wait_for(|screen| {
+        let text = screen.contents();
+        let mut lines = text
+            .lines()
+            .skip_while(|line| !line.starts_with("to device"));
+        let now = lines.nth(1).unwrap_or_default();
+        screen.alternate_screen() && now.contains("MB/s") && !text.contains("early")
+    })?;
+    terminal.press("q")?;
+    terminal.wait_for(|screen| !screen.alternate_screen())?;
+    terminal.shows("early\nseed")?;
+    terminal.shows("\npass ping-pong")?;
+    terminal.shows("\nlate\n")?;
+    terminal.end(9)
+}
+
+fn killed_top() -> Result {
+    let mut terminal =
+        vm(&["run", "--top", "--", "sh", "-c", "echo early; sleep 60"])?.on_a_terminal()?;
+    terminal.wait_for(vt100::Screen::alternate_screen)?;
+    terminal.kill("hmm-top")?;
+    terminal.shows("early")?;
+    terminal.press("\x03")?;
+    terminal.shows("ended by signal 2")?;
+    terminal.end(130)
+}
+
+fn ctrl_c_in_top() -> Result {
+    let options = ["--seed", "1", "--devices", "2"];
+    let mut terminal = vm(&["demo", "--top"])?.with(options).on_a_terminal()?;
+    terminal.shows(" 1 of 2, ")?;
+    terminal.press("\t")?;
+    terminal.shows(" 2 of 2, ")?;
+    terminal.press("\x03")?;
+    terminal.shows("ended by signal 2")?;
+    terminal.end(130)
+}
+
+fn top_is_refused() -> Result {
+    for command in [
+        &["run", "--top", "--", "true"][..],
+        &["demo", "--top"],
+        &["stress", "--top"],
+    ] {
+        let run = vm(command)?.finish()?;
+        run.expect_status(125)?;
+        let text = "virtio-hmm: --top needs a terminal as standard input and output\n";
+        check(run.errors() == text, || run.errors())?;
+    }
+    for command in [
+        &["run", "--top", "--gdb", "--", "true"][..],
+        &["demo", "--top", "--json"],
+        &["boot", "--top"],
+    ] {
+        let run = vm(command)?.finish()?;
+        run.expect_status(2)?;
+        run.expect_error("'--top'")?;
+    }
+    Ok(())
 }
 
 /// Shell commands that start `hmm-hold` and wait until its pages are on the device.
