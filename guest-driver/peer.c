@@ -53,7 +53,8 @@ static void vhmm_peer_fetch_one(struct vhmm_batch *b, unsigned long nr,
 		    !vhmm_pfn_is_ours(peer, page_to_pfn(page)))
 			continue;
 		fetch[i] = VHMM_FETCHED;
-		vhmm_request_add(r, vhmm_page_frame(peer, page), b->bounce[i], i);
+		vhmm_request_add_range(r, vhmm_page_frame(peer, page),
+				       b->bounce[i], 1, i);
 	}
 	vhmm_request_submit(r);
 	ret = vhmm_request_wait(r);

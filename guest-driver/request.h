@@ -73,13 +73,6 @@ int vhmm_request_wait(struct vhmm_request *r);
 bool vhmm_request_ok(const struct vhmm_request *r);
 bool vhmm_request_frame_ok(const struct vhmm_request *r, unsigned int i);
 
-/* Add one frame. */
-static inline void vhmm_request_add(struct vhmm_request *r, u64 frame,
-				    struct page *page, unsigned int slot)
-{
-	vhmm_request_add_range(r, frame, page, 1, slot);
-}
-
 int vhmm_control_counters(struct vhmm_device *dev,
 			  struct virtio_hmm_counters *counters);
 int vhmm_control_discard_all(struct vhmm_device *dev);
