@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use vhost_device_hmm::ErrorChain;
+
 use crate::failure::{Failure, Result};
 
 const DEVICES: &str = "/sys/bus/pci/devices";
@@ -107,7 +109,7 @@ impl Drop for Binding {
             eprintln!(
                 "hmm-conformance: {} stays with {VFIO}: {}",
                 self.name,
-                failure.describe()
+                ErrorChain(&failure)
             );
         }
     }

@@ -38,20 +38,6 @@ pub enum Failure {
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
-impl Failure {
-    /// The message with those of its causes.
-    #[must_use]
-    pub fn describe(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text = format!("{text}: {error}");
-            cause = error.source();
-        }
-        text
-    }
-}
-
 /// How a case or a step of it ends.
 pub type Result<T = (), E = Failure> = std::result::Result<T, E>;
 

@@ -12,6 +12,7 @@ use hmm_conformance::driver::Driver;
 use hmm_conformance::failure::{Failure, Result};
 use hmm_conformance::suite::{Suite, Totals};
 use signal_hook::consts::{SIGINT, SIGTERM};
+use vhost_device_hmm::ErrorChain;
 use vhost_device_hmm::abi::VIRTIO_ID_HMM;
 
 /// Test a heterogeneous memory device against docs/device-specification.md.
@@ -52,7 +53,7 @@ fn main() -> ExitCode {
     match run(&cli) {
         Ok(status) => status.into(),
         Err(failure) => {
-            eprintln!("hmm-conformance: {}", failure.describe());
+            eprintln!("hmm-conformance: {}", ErrorChain(&failure));
             ExitCode::from(2)
         }
     }

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use vhost_device_hmm::ErrorChain;
+
 use crate::cases::Case;
 use crate::driver::{Driver, FEATURES};
 use crate::failure::{Failure, Result};
@@ -62,10 +64,10 @@ impl Suite<'_> {
                 _ => {
                     totals.failed += 1;
                     if let Err(failure) = result {
-                        println!("# {}", failure.describe());
+                        println!("# {}", ErrorChain(&failure));
                     }
                     if let Err(failure) = works {
-                        println!("# afterwards: {}", failure.describe());
+                        println!("# afterwards: {}", ErrorChain(&failure));
                     }
                     println!("not ok {number} {}", case.name);
                 }
