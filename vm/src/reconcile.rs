@@ -11,6 +11,7 @@ use virtio_hmm_client::counters::{Counters, CountersError};
 use crate::daemon::{Counted, Operation};
 use crate::demo::microseconds;
 use crate::devices::Counts;
+use crate::sampler::Distribution;
 
 /// What a page migrates for, by the driver's names, and what its pages are counted as.
 const TRIGGERS: [(&str, &str); 6] = [
@@ -173,6 +174,8 @@ pub struct Guest(BTreeMap<String, Driver>);
 pub struct Driver {
     counters: BTreeMap<String, u64>,
     fault_latency_ns: Latency,
+    /// How many CPU faults took less than so many nanoseconds, and no less than the bound before.
+    pub(crate) fault_latency: Distribution,
 }
 
 impl Driver {
@@ -212,12 +215,15 @@ impl Guest {
         let buckets = Counters::parse(fault_latency)?;
         let buckets = buckets.iter();
         let buckets = buckets.filter_map(|(bound, number)| Some((bound.parse().ok()?, number)));
+        let mut fault_latency: Distribution = buckets.collect();
+        fault_latency.sort_unstable();
         let driver = Driver {
             counters: counters
                 .iter()
                 .map(|(name, value)| (name.to_owned(), value))
                 .collect(),
-            fault_latency_ns: Latency::of_buckets(buckets),
+            fault_latency_ns: Latency::of_buckets(fault_latency.iter().copied()),
+            fault_latency,
         };
         self.0.insert(device, driver);
         Ok(())

@@ -21,12 +21,13 @@ use serde::Deserialize;
 use serde_json::Value;
 
 /// The charts of a stress with one device.
-const CHARTS: [&str; 9] = [
+const CHARTS: [&str; 10] = [
     "hmm0-bandwidth",
     "turns",
     "faults",
     "hmm0-wait",
     "hmm0-copy",
+    "hmm0-fault-latency",
     "hmm0-occupancy",
     "hmm0-busy",
     "hmm0-memory",

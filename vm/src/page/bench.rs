@@ -43,7 +43,7 @@ pub(super) fn page_of(bench: &Bench) -> Markup {
                 @for history in &bench.histories { (devices::bandwidth(history, &time, 0)) }
             }
         }
-        @for history in &bench.histories { (devices::details(history, &time)) }
+        @for history in &bench.histories { (devices::details(history, &time, &Vec::new())) }
     };
     let verdict = match bench.passed() {
         true => "all was measured that can be",

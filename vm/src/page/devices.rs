@@ -96,8 +96,8 @@ pub(super) fn bandwidth(history: &History, time: &Axis, left: usize) -> Markup {
     })
 }
 
-/// Everything else of it.
-pub(super) fn details(history: &History, time: &Axis) -> Markup {
+/// Everything else of it, and the times of the CPU faults on its pages, if the driver told them.
+pub(super) fn details(history: &History, time: &Axis, faults: &Distribution) -> Markup {
     let device = &history.device;
     let memory = format!(
         "MiB of the device's {:.0} that the host has allocated",
@@ -139,6 +139,7 @@ pub(super) fn details(history: &History, time: &Axis) -> Markup {
             div.charts {
                 (latency(history, "wait", "Wait in the ring", |operation| &operation.wait))
                 (latency(history, "copy", "Time of a request", |operation| &operation.copy))
+                @if !faults.is_empty() { (fault_latency(device, faults)) }
                 @for gauge in plain { (gauge.draw(history, time)) }
                 (failures(history, time))
             }
@@ -222,6 +223,17 @@ fn failures(history: &History, time: &Axis) -> Markup {
     })
 }
 
+/// Times, with the class of their marks and what they are.
+type Series<'a> = (&'a str, &'a str, &'a Distribution);
+
+/// Which part of the CPU faults took less than a time.
+fn fault_latency(device: &str, faults: &Distribution) -> Markup {
+    let id = format!("{device}-fault-latency");
+    let caption = "% of the faults that took less than a time, by the driver's count";
+    let series = [("s2", "CPU faults", faults)];
+    distribution(id, "Time of a CPU fault", caption, &series)
+}
+
 /// Which part of the requests took less than a time.
 fn latency(
     history: &History,
@@ -236,6 +248,11 @@ fn latency(
             (!times.is_empty()).then_some((copy.class, copy.label, times))
         })
         .collect();
+    let caption = "% of the requests that took less than a time";
+    distribution(format!("{}-{id}", history.device), title, caption, &series)
+}
+
+fn distribution(id: String, title: &str, caption: &str, series: &[Series]) -> Markup {
     let bounds = || {
         series
             .iter()
@@ -257,9 +274,9 @@ fn latency(
         .map(|(class, label, _)| (*class, *label))
         .collect();
     let chart = Chart {
-        id: format!("{}-{id}", history.device),
+        id,
         title: title.to_owned(),
-        caption: "% of the requests that took less than a time",
+        caption,
         summary: medians.join("; "),
         x: Axis::duration(least as f64 * BUCKET, most as f64),
         y: Axis::linear(100.0),
@@ -270,7 +287,7 @@ fn latency(
     };
     let titles = bounds().collect::<BTreeSet<_>>().into_iter().map(|bound| {
         let mut text = format!("less than {}:", nanoseconds(bound as f64));
-        for (_, label, times) in &series {
+        for (_, label, times) in series {
             let share = shares(times)
                 .take_while(|(other, _)| *other <= bound as f64)
                 .last();
@@ -283,7 +300,7 @@ fn latency(
         (bound as f64 * BUCKET, bound as f64, text)
     });
     chart.draw(&html! {
-        @for (class, _, times) in &series {
+        @for (class, _, times) in series {
             (chart.line(class, curve(times)))
         }
         (chart.titles(titles))

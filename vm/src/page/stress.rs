@@ -7,6 +7,7 @@ use maud::{Markup, html};
 use super::{Head, devices, page, table};
 use crate::chart::{Axis, Chart, nanoseconds};
 use crate::reconcile::{self, differs, grouped};
+use crate::sampler::Distribution;
 use crate::stress::{Failure, Stress, Turn};
 
 pub(super) fn page_of(stress: &Stress) -> Markup {
@@ -26,7 +27,9 @@ pub(super) fn page_of(stress: &Stress) -> Markup {
             }
         }
         (failures(&stress.failures))
-        @for history in histories { (devices::details(history, &time)) }
+        @for history in histories {
+            (devices::details(history, &time, &fault_latency(&stress.devices, &history.device)))
+        }
         (sides(&stress.devices))
         (skipped(&stress.skipped_names))
     };
@@ -222,6 +225,12 @@ fn faults(timeline: &[Turn], time: &Axis, left: usize) -> Markup {
     })
 }
 
+/// The times of the CPU faults on a device's pages; none if the run had no good end.
+fn fault_latency(devices: &[reconcile::Device], name: &str) -> Distribution {
+    let found = devices.iter().find(|device| device.device == name);
+    found.map_or_else(Vec::new, |device| device.driver.fault_latency.clone())
+}
+
 /// What driver and daemon counted.
 fn sides(devices: &[reconcile::Device]) -> Markup {
     let rows: Vec<Vec<String>> = devices
@@ -310,7 +319,12 @@ mod tests {
     #[test]
     fn every_chart_is_there_and_has_marks() {
         let page = page_of(&stress()).into_string();
-        let mut ids = vec!["turns".to_owned(), "faults".into()];
+        // Of the other device the driver has told nothing.
+        let mut ids = vec![
+            "turns".to_owned(),
+            "faults".into(),
+            "hmm0-fault-latency".into(),
+        ];
         for device in ["hmm0", "hmm1"] {
             for chart in [
                 "bandwidth",
