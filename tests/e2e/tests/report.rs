@@ -20,19 +20,28 @@ use libtest_mimic::Arguments;
 use serde::Deserialize;
 use serde_json::Value;
 
-/// The charts of a stress with one device.
-const CHARTS: [&str; 10] = [
+/// The charts of one device.
+const CHARTS: [&str; 7] = [
     "hmm0-bandwidth",
-    "turns",
-    "faults",
     "hmm0-wait",
     "hmm0-copy",
-    "hmm0-fault-latency",
     "hmm0-occupancy",
     "hmm0-busy",
     "hmm0-memory",
     "hmm0-failures",
 ];
+/// Those that a stress has besides, and those of a benchmark on one thread.
+const STRESS_CHARTS: [&str; 3] = ["turns", "faults", "hmm0-fault-latency"];
+const BENCH_CHARTS: [&str; 5] = [
+    "to-device-1t",
+    "to-device-net-1t",
+    "back-1t",
+    "sequential-faults-1t",
+    "random-faults-1t",
+];
+
+/// What makes the chart of failures rise, and wants a directory.
+const OPTIONS: [&str; 3] = ["--inject", "delay=1ms,probability=0.05", "--report"];
 
 /// Widths of a window on a desk and in a hand, in pixels.
 const WIDE: u32 = 1280;
@@ -43,7 +52,12 @@ fn main() {
     // Each boots a machine with as many CPUs as this one has.
     arguments.test_threads.get_or_insert(1);
     let trials = vec![
-        skippable_trial("report_shows_its_charts_in_a_browser", charts_are_shown),
+        skippable_trial("stress_report_shows_its_charts_in_a_browser", || {
+            in_a_browser(stress)
+        }),
+        skippable_trial("bench_report_shows_its_charts_in_a_browser", || {
+            in_a_browser(bench)
+        }),
         trial(
             "report_that_cannot_be_written_fails_a_run_with_a_result",
             late_refusal,
@@ -127,7 +141,7 @@ fn probe(browser: &Browser, directory: &Path, width: u32) -> Result<Page> {
     Ok(serde_json::from_str(&json)?)
 }
 
-fn charts_are_shown() -> Result<Option<String>> {
+fn in_a_browser(test: fn(&Browser, &Path) -> Result) -> Result<Option<String>> {
     let mirror = std::env::var(MIRROR_VARIABLE).ok();
     let browser = match Browser::make(&Cache::locate()?, mirror.as_deref(), Report) {
         Err(error @ (Error::NotDebian(_) | Error::NoMirror | Error::NoPackage { .. })) => {
@@ -136,9 +150,19 @@ fn charts_are_shown() -> Result<Option<String>> {
         other => other?,
     };
     let directory = tempfile::tempdir()?;
-    let directory = directory.path();
+    test(&browser, directory.path()).map(|()| None)
+}
+
+fn bench(browser: &Browser, directory: &Path) -> Result {
+    let only = ["--rounds", "1", "--only", "64K-4k-1t", "--against", "zram"];
+    let run = vm(&["bench"])?.with(only).with(OPTIONS);
+    run.with([directory]).finish()?.expect_status(0)?;
+    charts_are_shown(browser, directory, &BENCH_CHARTS)
+}
+
+fn stress(browser: &Browser, directory: &Path) -> Result {
     let run = vm(&["stress", "--turn", "fault-storm", "--seed", "7", "--json"])?
-        .with(["--inject", "delay=1ms,probability=0.05", "--report"])
+        .with(OPTIONS)
         .with([directory])
         .finish()?;
     run.expect_status(0)?;
@@ -151,12 +175,16 @@ fn charts_are_shown() -> Result<Option<String>> {
     check(data.get("result") == Some(&printed), || {
         "--json prints another result".into()
     })?;
+    charts_are_shown(browser, directory, &STRESS_CHARTS)
+}
 
+/// The page has the charts of a device and these, at any width, and they can be seen.
+fn charts_are_shown(browser: &Browser, directory: &Path, others: &[&str]) -> Result {
+    let mut wanted = [&CHARTS[..], others].concat();
+    wanted.sort_unstable();
     for width in [WIDE, NARROW] {
-        let page = probe(&browser, directory, width)?;
+        let page = probe(browser, directory, width)?;
         let ids: Vec<&str> = page.charts.keys().map(String::as_str).collect();
-        let mut wanted = CHARTS;
-        wanted.sort_unstable();
         check(ids == wanted, || {
             format!("other charts at {width}: {ids:?}")
         })?;
@@ -171,18 +199,23 @@ fn charts_are_shown() -> Result<Option<String>> {
         })?;
         for (id, chart) in &page.charts {
             check(!chart.marks.is_empty(), || format!("{id} is empty"))?;
-            // One turn is a dot, and nothing may have waited whenever the rings were looked at.
-            let may_be_flat = matches!(id.as_str(), "faults" | "hmm0-occupancy");
+            let may_be_flat = match id.as_str() {
+                // One turn is a dot, and nothing may have waited whenever the rings were looked at.
+                "faults" | "hmm0-occupancy" => true,
+                // A benchmark has all memory from the start.
+                "hmm0-memory" => others == BENCH_CHARTS,
+                _ => false,
+            };
             check(
                 may_be_flat || !chart.marks.iter().all(|mark| mark.height < 1.0),
                 || format!("all of {id} is flat at {width}: {:?}", chart.marks),
             )?;
         }
         if width == WIDE {
-            colors_are_seen(&browser, directory, &page)?;
+            colors_are_seen(browser, directory, &page)?;
         }
     }
-    Ok(None)
+    Ok(())
 }
 
 /// What the browser paints has in each chart the colours of its marks.
