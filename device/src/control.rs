@@ -251,25 +251,35 @@ impl Control {
         let mut bytes = [0; MAX_LINE];
         let received = match connection.stream.read(&mut bytes) {
             Ok(0) => return Ok(false),
-            Ok(received) => received,
+            Ok(received) => bytes.get(..received).unwrap_or_default(),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(true),
             Err(e) => return Err(e),
         };
-        for part in bytes
-            .get(..received)
-            .unwrap_or_default()
-            .split_inclusive(|b| *b == b'\n')
-        {
-            connection.line.extend_from_slice(part);
+        self.answer(&mut connection.line, received, &mut connection.stream)
+    }
+
+    /// Answers the requests that `received` completes, the first of which begins
+    /// with `line`, and leaves the beginning of the next there. Returns whether
+    /// there can be more.
+    ///
+    /// # Errors
+    /// If an answer cannot be written at once.
+    pub fn answer(
+        &self,
+        line: &mut Vec<u8>,
+        received: &[u8],
+        replies: &mut impl Write,
+    ) -> io::Result<bool> {
+        for part in received.split_inclusive(|b| *b == b'\n') {
+            line.extend_from_slice(part);
+            if line.len() > MAX_LINE {
+                replies.write_all(&to_line(&json!({ "error": "request too long" })))?;
+                return Ok(false);
+            }
             if part.ends_with(b"\n") {
                 // A peer that does not read its replies is given up.
-                connection.stream.write_all(&self.reply(&connection.line))?;
-                connection.line.clear();
-            } else if connection.line.len() > MAX_LINE {
-                connection
-                    .stream
-                    .write_all(&to_line(&json!({ "error": "request too long" })))?;
-                return Ok(false);
+                replies.write_all(&self.reply(line))?;
+                line.clear();
             }
         }
         Ok(true)

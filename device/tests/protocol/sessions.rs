@@ -102,6 +102,22 @@ fn the_control_socket_answers_line_by_line() {
 }
 
 #[test]
+fn a_long_line_is_refused_however_it_arrives() {
+    let device = Device::start();
+    let line = [&[b' '; 5000][..], b"\n"].concat();
+    for piece in [2500, 5001] {
+        let mut stream = device.control();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        for bytes in line.chunks(piece) {
+            stream.write_all(bytes).ok();
+        }
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).ok();
+        assert!(reply.contains("too long"), "{piece}: {reply}");
+    }
+}
+
+#[test]
 fn an_endless_line_ends_the_control_connection() {
     let device = Device::start();
     let mut stream = device.control();
