@@ -62,6 +62,8 @@ pub enum Error {
     NoNamespaces(#[source] Box<Error>),
     #[error("this machine's own tools do not fit: {0}")]
     Unfit(String),
+    #[error(transparent)]
+    Profile(hmm_profile::Error),
     #[error("KVM was asked for, but {0}")]
     NoKvm(String),
     #[error("no profile {name}; there are: {known}")]

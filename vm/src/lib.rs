@@ -36,7 +36,7 @@ pub mod stress;
 mod terminal;
 pub mod testing;
 pub mod toolbox;
-pub mod units;
 pub mod view;
 
 pub use error::{Error, Result};
+pub use hmm_profile::units;

@@ -21,7 +21,7 @@ use crate::machine::Machine;
 use crate::named_kernel::NamedKernel;
 use crate::paths::{self, Cache, remove_all};
 use crate::process::shell_line;
-use crate::profile::{Profile, read_toml};
+use crate::profile::{self, Profile, read_toml};
 use crate::report::Report;
 use crate::root::{Recipe, Root};
 use crate::run::{DeviceAt, Finished, Limits, Run, run_files, scratch_directory};
@@ -120,7 +120,7 @@ impl MachineOptions {
     /// # Errors
     /// There is no such profile, or a value cannot work.
     pub fn profile(&self) -> Result<Profile> {
-        let mut profile = Profile::load(self.profile.as_deref().unwrap_or("default"))?;
+        let mut profile = profile::load(self.profile.as_deref().unwrap_or("default"))?;
         profile.cpus = self.cpus.unwrap_or(profile.cpus);
         profile.memory = self.memory.unwrap_or(profile.memory);
         profile.device.count = match self.device_socket {
@@ -135,7 +135,7 @@ impl MachineOptions {
         profile.device.inject_seed = self.inject_seed.or(profile.device.inject_seed);
         let words = &mut profile.kernel.command_line;
         words.extend(self.append.iter().cloned());
-        profile.check()?;
+        profile.check().map_err(Error::Profile)?;
         Ok(profile)
     }
 }
