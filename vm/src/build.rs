@@ -19,7 +19,7 @@ use crate::process::{capture, die_with_parent};
 use crate::report::Report;
 use crate::root::fetch_kernel_files;
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "vm";
 /// Package and binary of the device daemon.
 const DAEMON: &str = "vhost-device-hmm";

@@ -42,6 +42,12 @@ pub enum Error {
     },
     #[error("cargo build failed ({0}); its messages are above")]
     Build(ExitStatus),
+    #[error("this machine has no C++ compiler, with which libFuzzer is built")]
+    NoCompiler,
+    #[error("an input shows a fault:\n{0}")]
+    Finding(String),
+    #[error("the fuzz target does not say how many inputs it tried")]
+    NoInputs,
     #[error("{0}")]
     Config(String),
     #[error("this needs Debian's {0}, which this machine does not have; see `cargo vm doctor`")]

@@ -15,6 +15,7 @@ mod devices;
 pub mod doctor;
 pub mod environment;
 pub mod error;
+pub mod fuzz;
 mod host;
 pub mod initramfs;
 pub mod kernel;

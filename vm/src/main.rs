@@ -1,17 +1,19 @@
 //! `cargo vm`.
 
 use std::io::{IsTerminal, stdin, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use hmm_bench::contender::Contender;
 use hmm_vm::apt::MIRROR_VARIABLE;
 use hmm_vm::error::{EXIT_COUNTERS, with_sources};
+use hmm_vm::fuzz::{Fuzzers, Target};
 use hmm_vm::page::Pages;
 use hmm_vm::paths::{Cache, remove_all};
 use hmm_vm::prepare::{Job, MachineOptions, Prepared, dry_run, log_tail};
+use hmm_vm::reconcile::grouped;
 use hmm_vm::report_directory::ReportDirectory;
 use hmm_vm::run::pass_on;
 use hmm_vm::sampler::Sampler;
@@ -133,6 +135,27 @@ enum Command {
         /// Print one JSON object on standard output
         #[arg(long)]
         json: bool,
+    },
+    /// Try inputs that nobody thought of on what reads input
+    #[command(
+        after_help = "Exit status: 0 only if no input shows a fault; 1 if one does, 125 for any \
+        other failure. Inputs that reach new code are kept for the next time."
+    )]
+    Fuzz {
+        /// Try only these targets
+        #[arg(value_name = "TARGET")]
+        targets: Vec<Target>,
+        /// For how long to try each
+        #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "10m")]
+        duration: Duration,
+        /// Try the one input in this file
+        #[arg(
+            long,
+            value_name = "FILE",
+            requires = "targets",
+            conflicts_with = "duration"
+        )]
+        input: Option<PathBuf>,
     },
     /// Run every test of the project
     Test {
@@ -289,6 +312,11 @@ fn execute(command: Command) -> Result<u8> {
             }
             Ok(u8::from(!bench.passed()))
         }
+        Command::Fuzz {
+            targets,
+            duration,
+            input,
+        } => fuzz(&targets, duration, input.as_deref()),
         Command::Test { machine } => Ok(u8::from(testing::run_all(&machine)?.failed > 0)),
         Command::Doctor { toolbox, mirror } => {
             Ok(u8::from(!doctor::run(toolbox, mirror.as_deref())?))
@@ -327,6 +355,32 @@ fn show(result: &impl Serialize, table: String, json: bool) -> Result<()> {
         print!("{table}");
     }
     Ok(())
+}
+
+/// Runs fuzz targets, all if none is named, and tells how many inputs were tried.
+fn fuzz(targets: &[Target], duration: Duration, input: Option<&Path>) -> Result<u8> {
+    let targets = match targets {
+        [] => Target::value_variants(),
+        some => some,
+    };
+    let fuzzers = Fuzzers::build(&Cache::locate()?)?;
+    let mut failed = false;
+    for target in targets {
+        let name = target.name();
+        let result = match input {
+            Some(file) => fuzzers.repeat(*target, file).map(|()| 1),
+            None => fuzzers.run(*target, duration),
+        };
+        match result {
+            Ok(inputs) => println!("{name:<8}{:>15} inputs tried", grouped(inputs)),
+            Err(error @ Error::Finding(_)) => {
+                failed = true;
+                println!("{name:<8}{}", with_sources(&error));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(failed.into())
 }
 
 /// Removes what the tool puts into its cache, and the cache if nothing else is in it.

@@ -101,6 +101,12 @@ impl Cache {
         self.root.join("test_hmm")
     }
 
+    /// The fuzz targets, and inputs that they found worth keeping.
+    #[must_use]
+    pub fn fuzz(&self) -> PathBuf {
+        self.root.join("fuzz")
+    }
+
     /// Whether KVM works here.
     #[must_use]
     pub fn accelerator(&self) -> PathBuf {
@@ -113,7 +119,7 @@ impl Cache {
 
     /// Everything this tool may have put into the cache.
     #[must_use]
-    pub fn entries(&self) -> [PathBuf; 8] {
+    pub fn entries(&self) -> [PathBuf; 9] {
         [
             self.toolboxes(),
             self.apt(),
@@ -121,6 +127,7 @@ impl Cache {
             self.logs(),
             self.checkpatch(),
             self.test_hmm(),
+            self.fuzz(),
             self.accelerator(),
             self.lock_file(),
         ]

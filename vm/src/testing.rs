@@ -5,24 +5,29 @@ use std::env;
 use std::fmt;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use rustix::process::Signal;
 
 use crate::apt::MIRROR_VARIABLE;
 use crate::build::{cargo, copy_module_sources, make_command, module_sources, source_files};
 use crate::error::{Error, FileContext, Result, with_sources};
+use crate::fuzz::{Fuzzers, Target};
 use crate::kernel::{KERNEL_VARIABLE, Kernel};
 use crate::named_kernel::{self, NamedKernel};
 use crate::paths::{self, Cache};
 use crate::prepare::{ACCELERATOR_VARIABLE, MachineOptions, Prepared};
 use crate::process::{capture, die_with_parent, run};
+use crate::reconcile::grouped;
 use crate::report::Report;
 use crate::root::fetch_checkpatch;
 use crate::toolbox::TOOLBOX_VARIABLE;
 
 /// Package of the tests that boot VMs.
 const VM_TESTS: &str = "hmm-e2e";
+/// For how long to try each fuzz target.
+const FUZZ: Duration = Duration::from_secs(8);
 /// Variable that tells these tests where this tool is.
 pub const TOOL_VARIABLE: &str = "VIRTIO_HMM_TOOL";
 /// Variable that tells them where the kernel's image is.
@@ -78,6 +83,8 @@ impl fmt::Display for Tally {
 
 enum Verdict {
     Passed,
+    /// Passed, and there is something to say of it.
+    Noted(String),
     Failed(String),
     Skipped(String),
 }
@@ -90,6 +97,10 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
     let mut tally = Tally::default();
     for check in [
         Check::cargo("rustfmt", &["fmt", "--all", "--check"]),
+        Check::cargo(
+            "rustfmt of fuzz",
+            &["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"],
+        ),
         Check::cargo(
             "clippy",
             &[
@@ -119,6 +130,8 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
         VM_TESTS,
     ]);
     tally.add(cargo_test(&mut tests)?);
+
+    tally.add(fuzz()?);
 
     // Made here, so that its progress shows and its failure has one cause.
     let prepared = Prepared::new(options)?;
@@ -173,6 +186,30 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
     Ok(tally)
 }
 
+/// Runs each fuzz target for a moment.
+fn fuzz() -> Result<Tally> {
+    let started = Instant::now();
+    let built = Fuzzers::build(&Cache::locate()?);
+    let (fuzzers, verdict) = match built {
+        Ok(fuzzers) => (Some(fuzzers), Verdict::Passed),
+        Err(error @ Error::NoCompiler) => (None, Verdict::Skipped(error.to_string())),
+        Err(error) => (None, Verdict::Failed(with_sources(&error))),
+    };
+    let mut tally = tell("fuzz targets build", started, verdict);
+    let Some(fuzzers) = fuzzers else {
+        return Ok(tally);
+    };
+    for target in Target::value_variants() {
+        let started = Instant::now();
+        let verdict = match fuzzers.run(*target, FUZZ) {
+            Ok(inputs) => Verdict::Noted(format!("{} inputs tried", grouped(inputs))),
+            Err(error) => Verdict::Failed(with_sources(&error)),
+        };
+        tally.add(tell(&format!("fuzz {}", target.name()), started, verdict));
+    }
+    Ok(tally)
+}
+
 struct Check {
     name: &'static str,
     command: Command,
@@ -205,13 +242,14 @@ fn tell(name: &str, started: Instant, verdict: Verdict) -> Tally {
     let seconds = started.elapsed().as_secs_f64();
     let (word, reason) = match &verdict {
         Verdict::Passed => ("ok", ""),
+        Verdict::Noted(note) => ("ok", note.as_str()),
         Verdict::Failed(reason) => ("FAILED", reason.as_str()),
         Verdict::Skipped(reason) => ("ignored", reason.as_str()),
     };
     let separator = if reason.is_empty() { "" } else { ": " };
     println!("check {name} ... {word} ({seconds:.1} s){separator}{reason}");
     match verdict {
-        Verdict::Passed => Tally {
+        Verdict::Passed | Verdict::Noted(_) => Tally {
             passed: 1,
             ..Tally::default()
         },
