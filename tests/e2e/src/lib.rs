@@ -712,15 +712,7 @@ impl Daemon {
     /// # Errors
     /// The memory cannot be read.
     pub fn memory_holds(&self, wanted: &[u8]) -> Result<bool> {
-        let descriptors = format!("/proc/{}/fd", self.child.id());
-        let memory = fs::read_dir(descriptors)?
-            .flatten()
-            .map(|entry| entry.path())
-            .find(|path| {
-                let target = fs::read_link(path).unwrap_or_default();
-                target.to_string_lossy().contains("memfd:hmm-device-memory")
-            })
-            .ok_or_else(|| Failure("the daemon has no device memory".into()))?;
+        let memory = device_memory(self.child.id())?;
         holds(&memory, wanted)
     }
 }
@@ -730,6 +722,21 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The file that is the device memory of a daemon.
+///
+/// # Errors
+/// This process has none.
+pub fn device_memory(process: u32) -> Result<PathBuf> {
+    fs::read_dir(format!("/proc/{process}/fd"))?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| {
+            let target = fs::read_link(path).unwrap_or_default();
+            target.to_string_lossy().contains("memfd:hmm-device-memory")
+        })
+        .ok_or_else(|| Failure(format!("process {process} has no device memory")))
 }
 
 /// Whether a file has these bytes in it, at a multiple of their number.

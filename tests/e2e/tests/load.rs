@@ -8,7 +8,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use hmm_e2e::{Failure, Result, Running, check, skippable_trial, trial, vm};
+use hmm_e2e::{Failure, Result, Running, check, device_memory, skippable_trial, trial, vm};
 use hmm_vm::paths::Cache;
 use libtest_mimic::Arguments;
 
@@ -51,15 +51,8 @@ fn sixteen_queues_eight_cpus_and_16_gib() -> Result {
 
 /// How much is in use of device memory, and the most memory that the daemon has had, in bytes.
 fn used(run: &Running) -> Result<(u64, u64)> {
-    let pid = run.child("vhost-device-hmm")?.as_raw_nonzero();
-    let memory = fs::read_dir(format!("/proc/{pid}/fd"))?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| {
-            let target = fs::read_link(path).unwrap_or_default();
-            target.to_string_lossy().contains("memfd:hmm-device-memory")
-        });
-    let memory = memory.ok_or_else(|| Failure("the daemon has no device memory".into()))?;
+    let pid = run.child("vhost-device-hmm")?.as_raw_nonzero().get();
+    let memory = device_memory(pid.unsigned_abs())?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let own = status
         .lines()
