@@ -32,7 +32,7 @@ fn main() {
 
 fn sixteen_queues_eight_cpus_and_16_gib() -> Result {
     let script = "hmm-stress run random-access fault-storm processes \
-            --threads 8 --duration 6s >&2 || exit
+            --threads 8 --duration 3s >&2 || exit
         cat /sys/kernel/debug/virtio_hmm/hmm0/counters
         echo done; read line";
     let mut run = vm(&["run", "--cpus", "8", "--copy-queues", "16"])?
