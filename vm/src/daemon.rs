@@ -51,6 +51,8 @@ pub struct Counted {
     pub counters: Counters,
     /// The sums of the statistics of all its queues.
     pub queues: Counters,
+    /// Requests that met a fault on purpose.
+    pub injected: u64,
 }
 
 #[derive(Deserialize)]
@@ -110,6 +112,7 @@ pub fn counted(socket: &Path) -> Result<Counted> {
             from_device: statistics.sum("from_device"),
             fill: statistics.sum("fill"),
         },
+        injected: statistics.injected(),
     })
 }
 

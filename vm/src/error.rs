@@ -128,6 +128,16 @@ impl Error {
         }
     }
 
+    /// Whether the guest's kernel complained.
+    #[must_use]
+    pub fn is_report(&self) -> bool {
+        match self {
+            Self::Run { cause, .. } => cause.is_report(),
+            Self::Kernel(_) => true,
+            _ => false,
+        }
+    }
+
     /// Exit status of the tool for this failure.
     #[must_use]
     pub fn exit_status(&self) -> u8 {

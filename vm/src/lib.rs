@@ -37,6 +37,7 @@ pub mod stress;
 mod terminal;
 pub mod testing;
 pub mod toolbox;
+pub mod torture;
 pub mod view;
 
 pub use error::{Error, Result};

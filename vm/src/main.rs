@@ -21,7 +21,7 @@ use hmm_vm::stress::{self, Wanted};
 use hmm_vm::toolbox::{self, TOOLBOX_VARIABLE};
 use hmm_vm::units::parse_duration;
 use hmm_vm::view::check_terminal;
-use hmm_vm::{Error, Result, bench, demo, doctor, reconcile, testing};
+use hmm_vm::{Error, Result, bench, demo, doctor, reconcile, testing, torture};
 use serde::Serialize;
 
 #[derive(Parser)]
@@ -156,6 +156,32 @@ enum Command {
             conflicts_with = "duration"
         )]
         input: Option<PathBuf>,
+    },
+    /// Try what is hostile to the device, and what comes from one that fails, and add it all up
+    #[command(
+        after_help = "Parts: conformance; delay, reorder, error, short, status, poison, drop, \
+        stall and dead, each a fault on purpose; deaths; fuzz.\n\
+        Exit status: 0 only if no page was wrong, no guest's kernel complained and every part came \
+        to its end; 1 if not, 125 for a failure of the tool."
+    )]
+    Torture {
+        #[command(flatten)]
+        machine: MachineOptions,
+        /// Do only this part (again for more)
+        #[arg(long, value_name = "PART")]
+        only: Vec<String>,
+        /// How long the device is stressed with each fault, and each fuzz target has
+        #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "5s")]
+        duration: Duration,
+        /// Device daemons to kill
+        #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        kills: u32,
+        /// Repeat the choices of an earlier run
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Print one JSON object on standard output
+        #[arg(long)]
+        json: bool,
     },
     /// Run every test of the project
     Test {
@@ -317,6 +343,29 @@ fn execute(command: Command) -> Result<u8> {
             duration,
             input,
         } => fuzz(&targets, duration, input.as_deref()),
+        Command::Torture {
+            machine,
+            only,
+            duration,
+            kills,
+            seed,
+            json,
+        } => {
+            let wanted = torture::Wanted {
+                only: &only,
+                duration,
+                kills,
+                seed,
+            };
+            wanted.check(&machine)?;
+            if machine.dry_run {
+                print!("{}", dry_run(&machine, false)?);
+                return Ok(0);
+            }
+            let torture = torture::run(&machine, wanted)?;
+            show(&torture, torture.table(), json)?;
+            Ok(u8::from(!torture.passed()))
+        }
         Command::Test { machine } => Ok(u8::from(testing::run_all(&machine)?.failed > 0)),
         Command::Doctor { toolbox, mirror } => {
             Ok(u8::from(!doctor::run(toolbox, mirror.as_deref())?))

@@ -252,6 +252,8 @@ pub struct Device {
     pub reconciled: bool,
     /// Why they could not.
     pub not_compared: Option<String>,
+    /// Requests that met a fault on purpose.
+    pub injected: u64,
     /// All that the driver has counted.
     pub driver: Driver,
 }
@@ -299,6 +301,7 @@ pub(crate) fn devices(guest: &Guest, host: &[Counts]) -> Vec<Device> {
                 reconciled: not_compared.is_none() && counters.values().all(Sides::agree),
                 counters,
                 not_compared,
+                injected: host.injected,
                 driver,
             }
         })
@@ -446,6 +449,7 @@ pub(crate) mod tests {
         let host = Counted {
             counters,
             queues: counters,
+            injected: 0,
         };
         let mut text = String::new();
         for (name, pages) in OPERATIONS {
@@ -510,6 +514,7 @@ pub(crate) mod tests {
                 Counted {
                     counters: right.counters,
                     queues: host.counters,
+                    ..host
                 },
             ] {
                 let device = compare(&guest, host);

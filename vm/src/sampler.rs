@@ -119,6 +119,11 @@ impl Counts {
 }
 
 impl Statistics {
+    /// Requests that met a fault on purpose.
+    pub(crate) fn injected(&self) -> u64 {
+        self.injected.values().sum()
+    }
+
     fn counts(&self) -> Counts {
         let mut counts = Counts::default();
         for (fault, count) in &self.injected {

@@ -31,6 +31,8 @@ fn main() {
         trial("frames_that_fail_stay_where_they_were", frames_that_fail),
         trial("a_request_never_answered_breaks_the_device", never_answered),
         trial("a_lost_and_a_doubled_request_are_noticed", lost_and_doubled),
+        trial("torture_adds_up_what_it_tried", torture),
+        trial("torture_refuses_what_it_cannot_do", torture_refuses),
     ];
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -479,4 +481,53 @@ fn lost_and_doubled() -> Result {
     }
     let back = more("from device requests")?;
     check(back == (0, false), || errors.clone())
+}
+
+/// A fault that can be borne, one that cannot, and a daemon that is killed.
+fn torture() -> Result {
+    let parts = ["error", "dead", "deaths"];
+    let run = vm(&["torture", "--json", "--duration", "1s", "--kills", "1"])?
+        .with(parts.iter().flat_map(|part| ["--only", part]))
+        .finish()?;
+    run.expect_status(0)?;
+    let torture: serde_json::Value = serde_json::from_slice(run.stdout())?;
+    let part = |at: usize, key: &str| torture.pointer(&format!("/parts/{at}/{key}")).cloned();
+    let number = |at, key| {
+        part(at, key)
+            .and_then(|number| number.as_u64())
+            .unwrap_or(0)
+    };
+    for (at, name) in parts.iter().enumerate() {
+        check(part(at, "name") == Some(json!(name)), || {
+            torture.to_string()
+        })?;
+        check(number(at, "checked") > 0, || torture.to_string())?;
+    }
+    let total = |key: &str| torture.pointer(&format!("/total/{key}")).cloned();
+    let injected = number(0, "injected");
+    check(injected > 0 && number(1, "injected") == 1, || {
+        torture.to_string()
+    })?;
+    check(total("injected") == Some(json!(injected + 1)), || {
+        torture.to_string()
+    })?;
+    for (key, expected) in [("kills", 1), ("wrong", 0), ("reports", 0)] {
+        check(total(key) == Some(json!(expected)), || torture.to_string())?;
+    }
+    Ok(())
+}
+
+fn torture_refuses() -> Result {
+    for (options, complaint) in [
+        (
+            ["--only", "death"],
+            "no part death; there are: conformance, ",
+        ),
+        (["--inject", "dead"], "--inject does not go with torture"),
+    ] {
+        let run = vm(&["torture"])?.with(options).finish()?;
+        run.expect_status(125)?;
+        check(run.errors().contains(complaint), || run.errors())?;
+    }
+    Ok(())
 }
