@@ -30,7 +30,7 @@ const APART: usize = PMD_PAGES;
 pub const PAUSE: Duration = Duration::from_millis(15);
 
 /// Memory that is worked on in one round, at least: smaller memory is worked on again.
-const ENOUGH: usize = 2 << 20;
+const ENOUGH: usize = 512 << 10;
 
 /// Calls after which all pages have to have moved. Migration and reclaim are best effort.
 const CALLS: u32 = 50;
