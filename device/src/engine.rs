@@ -85,6 +85,9 @@ mod tests {
     use crate::memory::Backing;
 
     const SIZE: usize = 2 << 20;
+    /// Miri takes its time.
+    const CASES: u32 = if cfg!(miri) { 4 } else { 64 };
+    const LONGEST: usize = if cfg!(miri) { 100 } else { 8192 };
 
     #[derive(Clone, Debug)]
     enum Op {
@@ -96,8 +99,8 @@ mod tests {
 
     fn op() -> impl Strategy<Value = Op> {
         // Around the end of the memory now and then, so that ranges fall out.
-        let at = || prop_oneof![0..8192_usize, SIZE - 8192..SIZE + 8192];
-        let len = || 0..8192_usize;
+        let at = || prop_oneof![0..LONGEST, SIZE - LONGEST..SIZE + LONGEST];
+        let len = || 0..LONGEST;
         prop_oneof![
             (at(), vec(any::<u8>(), len())).prop_map(|(to, bytes)| Op::ToDevice { to, bytes }),
             (at(), len()).prop_map(|(from, len)| Op::FromDevice { from, len }),
@@ -108,7 +111,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig {
-            cases: 64,
+            cases: CASES,
             failure_persistence: None,
             ..ProptestConfig::default()
         })]

@@ -7,12 +7,11 @@ use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
+#[cfg(not(miri))]
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::{
     fcntl::{FallocateFlags, fallocate},
-    sys::{
-        memfd::{MFdFlags, memfd_create},
-        mman::{MmapAdvise, madvise},
-    },
+    sys::mman::{MmapAdvise, madvise},
 };
 use serde::Serialize;
 use vm_memory::{
@@ -115,9 +114,7 @@ impl Memory {
         if size == 0 || size > MAX_SIZE || !size.is_multiple_of(GRANULE) {
             return Err(Error::Size(size));
         }
-        let mut flags = MFdFlags::MFD_CLOEXEC;
         if backing == Backing::HugePages {
-            flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
             let (needed, free) = (size / GRANULE, free_huge_pages());
             if free < needed {
                 return Err(Error::HugePages { needed, free });
@@ -126,11 +123,7 @@ impl Memory {
             return Err(Error::TooLittle { size, available });
         }
         let length = usize::try_from(size).map_err(|_| Error::Size(size))?;
-        let file: fs::File = memfd_create("hmm-device-memory", flags)
-            .map_err(|e| Error::Create(e.into()))?
-            .into();
-        file.set_len(size).map_err(Error::Create)?;
-        let region = MmapRegion::from_file(FileOffset::new(file, 0), length).map_err(Error::Map)?;
+        let region = map(length, backing)?;
         let memory = Self {
             region,
             backing,
@@ -235,6 +228,9 @@ impl Memory {
 
     /// Advises the kernel about all of the memory.
     fn advise(&self, advice: MmapAdvise) -> io::Result<()> {
+        if cfg!(miri) {
+            return Ok(());
+        }
         let start = NonNull::new(self.region.as_ptr()).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: the range is all of a mapping that `self` owns, and what is asked for,
         // huge pages or to allocate pages now, changes none of its bytes.
@@ -250,6 +246,27 @@ fn free_huge_pages() -> u64 {
     };
     let (free, promised) = (read("free_hugepages"), read("resv_hugepages"));
     free.unwrap_or(0).saturating_sub(promised.unwrap_or(0))
+}
+
+#[cfg(not(miri))]
+fn map(length: usize, backing: Backing) -> Result<MmapRegion, Error> {
+    let flags = match backing {
+        Backing::Sparse | Backing::Prefault => MFdFlags::MFD_CLOEXEC,
+        Backing::HugePages => {
+            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB
+        }
+    };
+    let file: fs::File = memfd_create("hmm-device-memory", flags)
+        .map_err(|e| Error::Create(e.into()))?
+        .into();
+    file.set_len(length as u64).map_err(Error::Create)?;
+    MmapRegion::from_file(FileOffset::new(file, 0), length).map_err(Error::Map)
+}
+
+/// Miri can map no files, nor be advised. Such memory cannot be cleared.
+#[cfg(miri)]
+fn map(length: usize, _: Backing) -> Result<MmapRegion, Error> {
+    MmapRegion::new(length).map_err(Error::Map)
 }
 
 /// Bytes that the host says can be had without swapping, if it says so.
