@@ -8,7 +8,11 @@ use std::sync::{Arc, LazyLock};
 use libfuzzer_sys::{Corpus, fuzz_target};
 use serde_json::{Map, Value};
 use vhost_device_hmm::{
-    control::Control, hardware::Events, inject::Injector, memory::Memory, session::Shared,
+    control::Control,
+    hardware::Events,
+    inject::Injector,
+    memory::{Backing, Memory},
+    session::Shared,
     stop::Stop,
 };
 
@@ -20,7 +24,7 @@ struct Parts {
 
 static PARTS: LazyLock<Parts> = LazyLock::new(|| Parts {
     shared: Arc::new(Shared::new(2 << 20, 1, Events::default())),
-    memory: Arc::new(Memory::new(2 << 20, false).unwrap()),
+    memory: Arc::new(Memory::new(2 << 20, Backing::Sparse).unwrap()),
     stop: Arc::new(Stop::new().unwrap()),
 });
 

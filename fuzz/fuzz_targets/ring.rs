@@ -19,7 +19,7 @@ use vhost_device_hmm::{
     hardware::Events,
     inject::Injector,
     link,
-    memory::Memory,
+    memory::{Backing, Memory},
     processor::Processor,
     request::QueueKind,
     rule::Rule,
@@ -50,7 +50,7 @@ struct Device {
 
 static DEVICE: LazyLock<Device> = LazyLock::new(|| Device {
     memory: memory(),
-    engine: Engine::new(Arc::new(Memory::new(2 << 20, false).unwrap())),
+    engine: Engine::new(Arc::new(Memory::new(2 << 20, Backing::Sparse).unwrap())),
     counters: Arc::new(Counters::new(3, Events::default())),
 });
 
