@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
- * What the driver's allocator needs of the kernel, for one thread in user space.
- * Types that only lie in structures are empty.
+ * What the tested parts of the driver need of the kernel, for one thread in
+ * user space. Types that only lie in structures are empty.
  */
 #ifndef KERNEL_H
 #define KERNEL_H
 
 #undef NDEBUG
 #include <assert.h>
+#include <endian.h>
 #include <errno.h>
 #include <limits.h>
 #include <linux/types.h>
@@ -21,9 +22,9 @@ typedef __u8 u8;
 typedef __u16 u16;
 typedef __u32 u32;
 typedef __u64 u64;
+typedef __s64 s64;
 typedef unsigned int gfp_t;
 typedef unsigned int vm_fault_t;
-typedef struct { } atomic64_t;
 typedef struct { } wait_queue_head_t;
 
 struct device { };
@@ -46,6 +47,11 @@ struct virtio_device {
 #define __percpu
 #define HZ			100
 #define READ_ONCE(x)		(x)
+#define ALIGN(x, to)		(((x) + (to) - 1) / (to) * (to))
+#define cpu_to_le32		htole32
+#define cpu_to_le64		htole64
+#define le32_to_cpu		le32toh
+#define le64_to_cpu		le64toh
 #define this_cpu_add(x, n)	((x) += (n))
 
 #define container_of(ptr, type, member) \
@@ -65,6 +71,7 @@ struct virtio_device {
 #define PTR_ERR(ptr)		((long)(ptr))
 
 #define dev_notice(dev, ...)	((void)(dev))
+#define dev_err_ratelimited(dev, ...)	((void)(dev))
 #define dev_to_node(dev)	((void)(dev), 0)
 
 /* Memory of the kernel. What was not asked to be zero is not. */
@@ -73,13 +80,18 @@ struct virtio_device {
 /* Allocations of this thread that were not freed. */
 extern __thread long kernel_allocated;
 
+/* What is in front of and behind them. */
+#define KMALLOC_GUARD		16
+
 static inline void *kmalloc(size_t size, gfp_t gfp)
 {
-	void *p = malloc(size);
+	u8 *p = malloc(size + 2 * KMALLOC_GUARD);
 
 	assert(p);
 	kernel_allocated++;
-	return memset(p, 0x5a, size);
+	memset(p, 0x5a, size + 2 * KMALLOC_GUARD);
+	memcpy(p, &size, sizeof(size));
+	return p + KMALLOC_GUARD;
 }
 
 static inline void *kzalloc(size_t size, gfp_t gfp)
@@ -89,8 +101,16 @@ static inline void *kzalloc(size_t size, gfp_t gfp)
 
 static inline void kfree(void *p)
 {
-	kernel_allocated -= !!p;
-	free(p);
+	u8 *start = p - KMALLOC_GUARD;
+	size_t size, i;
+
+	if (!p)
+		return;
+	memcpy(&size, start, sizeof(size));
+	for (i = 0; i < KMALLOC_GUARD; i++)
+		assert(start[KMALLOC_GUARD + size + i] == 0x5a);
+	kernel_allocated--;
+	free(start);
 }
 
 #define kvcalloc(n, size, gfp)	kzalloc((n) * (size), gfp)
@@ -248,12 +268,13 @@ static inline unsigned long find_next(const unsigned long *map,
 #define find_next_bit(map, size, bit)		find_next(map, size, bit, true)
 #define find_next_zero_bit(map, size, bit)	find_next(map, size, bit, false)
 #define bitmap_fill(map, nr)			bitmap_set(map, 0, nr)
-#define bitmap_bytes(nr)			(((nr) / BITS_PER_LONG + 1) * sizeof(long))
+#define bitmap_bytes(nr)			(ALIGN(nr, BITS_PER_LONG) / CHAR_BIT)
 #define bitmap_alloc(nr, gfp)			kmalloc(bitmap_bytes(nr), gfp)
 #define bitmap_zalloc(nr, gfp)			kzalloc(bitmap_bytes(nr), gfp)
 #define bitmap_free				kfree
 
 #define PAGE_SHIFT		12
+#define PAGE_SIZE		(1UL << PAGE_SHIFT)
 #define PHYS_PFN(x)		((unsigned long)((x) >> PAGE_SHIFT))
 #define HPAGE_PMD_ORDER		9
 #define HPAGE_PMD_NR		(1 << HPAGE_PMD_ORDER)
@@ -359,8 +380,60 @@ static inline struct resource *request_free_mem_region(struct resource *base,
 
 static inline void release_mem_region(u64 start, u64 size)
 {
-	kfree(pfn_to_page(PHYS_PFN(start)));
+	kernel_allocated--;
+	free(pfn_to_page(PHYS_PFN(start)));
 }
+
+struct scatterlist {
+	void *page;
+	unsigned int length;
+	bool end;
+};
+
+#define sg_page(sg)				((sg)->page)
+#define sg_mark_end(sg)				((void)((sg)->end = true))
+#define sg_unmark_end(sg)			((void)((sg)->end = false))
+#define sg_set_page(sg, p, len, offset)		sg_set(sg, p, len)
+#define sg_init_one(sg, p, len)			(sg_init_table(sg, 1), sg_set(sg, p, len))
+
+static inline void sg_init_table(struct scatterlist *sg, unsigned int nr)
+{
+	memset(sg, 0, nr * sizeof(*sg));
+	sg_mark_end(sg + nr - 1);
+}
+
+static inline void sg_set(struct scatterlist *sg, void *page,
+			  unsigned int length)
+{
+	sg->page = page;
+	sg->length = length;
+}
+
+struct completion {
+	bool done;
+};
+
+#define init_completion(x)			((x)->done = false)
+#define reinit_completion(x)			((x)->done = false)
+#define complete(x)				((x)->done = true)
+
+typedef struct {
+	s64 counter;
+} atomic64_t;
+
+#define atomic64_inc_return(v)			(++(v)->counter)
+#define raw_smp_processor_id()			0
+
+/* No time passes. */
+typedef s64 ktime_t;
+
+#define ktime_get()				0
+#define ktime_sub(a, b)				((a) - (b))
+#define ktime_to_ns(time)			(time)
+
+#define TP_PROTO(...)				__VA_ARGS__
+#define TRACE_EVENT(name, proto, ...)		static inline void trace_##name(proto) { }
+#define TRACE_DEFINE_ENUM(name)			struct vhmm_device
 
 #define mmgrab(mm)				((void)(mm))
 #define mmdrop(mm)				((void)(mm))

@@ -3,6 +3,8 @@
 
 use std::{cell::Cell, ptr::NonNull};
 
+use crate::some;
+
 /// Frames of a block, which is what a large folio has.
 pub const BLOCK_FRAMES: usize = 512;
 
@@ -325,11 +327,4 @@ impl Drop for Folio<'_> {
         // SAFETY: the device is alive, and its memory too while this page is in use.
         unsafe { ffi::test_page_put(self.memory.device.as_ptr(), self.page.as_ptr()) }
     }
-}
-
-fn some<T>(pointer: *mut T) -> NonNull<T> {
-    let Some(pointer) = NonNull::new(pointer) else {
-        unreachable!("what the driver allocates is there, see kernel.h")
-    };
-    pointer
 }

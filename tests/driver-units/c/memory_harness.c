@@ -2,6 +2,8 @@
 /*
  * One device, or rather its memory, for the tests.
  */
+#include <unistd.h>
+
 #include "context.h"
 #include "device.h"
 
@@ -31,6 +33,8 @@ struct vhmm_device *test_device_new(unsigned long blocks)
 	static struct virtio_device vdev;
 	struct vhmm_device *dev;
 
+	/* An endless loop ends the test. */
+	alarm(60);
 	kernel_allocated = 0;
 	kernel_mlocked = 0;
 	kernel_module_users = 0;
@@ -44,6 +48,7 @@ struct vhmm_device *test_device_new(unsigned long blocks)
 /* All that this thread had of the kernel was given back. */
 bool test_all_returned(void)
 {
+	alarm(0);
 	return !kernel_allocated && !kernel_mlocked && !kernel_module_users;
 }
 
