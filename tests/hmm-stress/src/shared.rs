@@ -93,19 +93,19 @@ pub(crate) fn install(
 }
 
 /// Count the signal and put a page full of [`LOST`] where the lost one was, so that the
-/// access goes on and the scenario can report.
+/// access goes on and the scenario can report. It is filled before it is put there: other
+/// threads that look at the same page would take what they see for wrong.
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     counts().sigbus.fetch_add(1, Ordering::Relaxed);
     OWN_SIGNALS.fetch_add(1, Ordering::Relaxed);
-    // SAFETY: the kernel passes a valid siginfo. The page at the address was lost, so
-    // nothing that could still be read is replaced; mmap is a bare system call.
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing; mmap is a
+    // bare system call.
     let memory = unsafe {
-        let page = (*info).si_addr() as usize & !(virtio_hmm_client::PAGE_SIZE - 1);
         libc::mmap(
-            page as *mut libc::c_void,
+            ptr::null_mut(),
             virtio_hmm_client::PAGE_SIZE,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
             -1,
             0,
         )
@@ -118,5 +118,21 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     for word in 0..virtio_hmm_client::PAGE_SIZE / size_of::<u64>() {
         // SAFETY: the page is new, and has that many words.
         unsafe { words.add(word).write_volatile(LOST) };
+    }
+    // SAFETY: the kernel passes a valid siginfo. The page at the address was lost, so
+    // nothing that could still be read is replaced; mremap is a bare system call.
+    let moved = unsafe {
+        let page = (*info).si_addr() as usize & !(virtio_hmm_client::PAGE_SIZE - 1);
+        libc::mremap(
+            memory,
+            virtio_hmm_client::PAGE_SIZE,
+            virtio_hmm_client::PAGE_SIZE,
+            libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+            page as *mut libc::c_void,
+        )
+    };
+    if moved == libc::MAP_FAILED {
+        // SAFETY: as above.
+        unsafe { libc::_exit(1) }
     }
 }
