@@ -164,7 +164,8 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
     }
 
     let mut tests = cargo();
-    tests.args(["test", "--package", VM_TESTS, "--", "--include-ignored"]);
+    tests.args(["test", "--no-fail-fast", "--package", VM_TESTS]);
+    tests.args(["--", "--include-ignored"]);
     let tool = env::current_exe().at("find", "this program")?;
     tests
         .env(TOOL_VARIABLE, tool)
