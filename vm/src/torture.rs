@@ -53,6 +53,8 @@ const TIMEOUT: &str = "2000";
 /// Devices whose daemons are killed, and their memory.
 const DEVICES: u32 = 3;
 const DEVICE_MEMORY: Size = Size(16 * Size::MIB);
+/// How long that may take.
+const PATIENCE: Duration = Duration::from_secs(3600);
 
 /// What the user wants to have done.
 #[derive(Clone, Copy, Debug)]
@@ -279,6 +281,7 @@ impl Work {
             Self::Deaths => {
                 options.devices = Some(DEVICES);
                 options.device_memory = Some(DEVICE_MEMORY);
+                options.timeout.get_or_insert(PATIENCE);
                 let kills = wanted.kills;
                 format!("hmm-stress deaths --json --kills {kills} --seed {seed}")
             }
@@ -418,6 +421,9 @@ fn repeated(options: &MachineOptions, command: &str) -> String {
     }
     if let (Some(devices), Some(memory)) = (options.devices, options.device_memory) {
         let _ = write!(text, " --devices {devices} --device-memory {memory}");
+    }
+    if let Some(timeout) = options.timeout {
+        let _ = write!(text, " --timeout {}s", timeout.as_secs());
     }
     let _ = write!(text, " -- sh -c '{command}'");
     text
