@@ -133,7 +133,8 @@ impl Programs {
     }
 }
 
-fn run_build(command: &mut Command) -> Result<()> {
+/// Runs a build by cargo; what the compiler says goes to standard error.
+pub(crate) fn run_build(command: &mut Command) -> Result<()> {
     let status = die_with_parent(command, Signal::TERM)
         .stdin(Stdio::null())
         .status()

@@ -3,16 +3,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use rustix::process::Signal;
 
-use crate::build::{TARGET, cargo};
+use crate::build::{TARGET, cargo, run_build};
 use crate::error::{Error, FileContext, Result};
 use crate::paths::{self, Cache};
-use crate::process::{die_with_parent, run, tail};
+use crate::process::{run, tail};
 use crate::report::Report;
 
 /// Has the compiler tell libFuzzer which code an input reaches, as cargo-fuzz does.
@@ -102,16 +101,7 @@ impl Fuzzers {
         } else {
             Report.line("building the fuzz targets");
         }
-        let status = die_with_parent(&mut command, Signal::TERM)
-            .stdin(Stdio::null())
-            .status()
-            .map_err(|source| Error::Start {
-                program: "cargo".into(),
-                source,
-            })?;
-        if !status.success() {
-            return Err(Error::Build(status));
-        }
+        run_build(&mut command)?;
         Ok(Self {
             programs: target.join(TARGET).join("release"),
             found: cache.fuzz().join("corpus"),
