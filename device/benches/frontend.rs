@@ -3,6 +3,8 @@
 //! of a CPU the device takes when it has nothing to do.
 #![allow(missing_docs, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "../tests/cpu_time/mod.rs"]
+mod cpu_time;
 #[allow(
     dead_code,
     unreachable_pub,
@@ -19,11 +21,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cpu_time::cpu_time;
 use harness::{Buffer, COPY, Device, PAGE, RAM, Request, Shape, Vm};
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    time::{ClockId, clock_gettime},
-};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_device_hmm::{
     abi::{VIRTIO_HMM_OP_FROM_DEVICE, VIRTIO_HMM_OP_TO_DEVICE},
     link,
@@ -231,10 +231,4 @@ fn idle() {
         );
         at += window;
     }
-}
-
-/// CPU time of this process without this thread, which is the VMM.
-fn cpu_time() -> Duration {
-    let of = |clock| Duration::from(clock_gettime(clock).unwrap());
-    of(ClockId::CLOCK_PROCESS_CPUTIME_ID) - of(ClockId::CLOCK_THREAD_CPUTIME_ID)
 }

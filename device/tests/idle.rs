@@ -2,6 +2,7 @@
 //! requests come. A program of its own, for it looks at the CPU time of all its threads.
 #![allow(clippy::unwrap_used)]
 
+mod cpu_time;
 #[allow(
     dead_code,
     unreachable_pub,
@@ -15,8 +16,8 @@ mod harness;
 
 use std::{thread, time::Duration};
 
+use cpu_time::cpu_time;
 use harness::{COPY, Device, PAGE, Request, Vm, pattern};
-use nix::time::{ClockId, clock_gettime};
 use vhost_device_hmm::abi::VIRTIO_HMM_OP_FROM_DEVICE;
 
 /// When it must be asleep after its last request.
@@ -49,11 +50,4 @@ fn takes_no_cpu_time_when_idle() {
     let used = cpu_time().saturating_sub(before);
     assert!(used < LEAST, "{used:?} of CPU time in {WINDOW:?}");
     assert_eq!(vm.load(0, 1), pattern(1, 1), "it does not wake up");
-}
-
-/// CPU time of this process without this thread, which is the VMM.
-fn cpu_time() -> Duration {
-    let of = |clock| Duration::from(clock_gettime(clock).unwrap());
-    // Read one after the other, and not to the nanosecond.
-    of(ClockId::CLOCK_PROCESS_CPUTIME_ID).saturating_sub(of(ClockId::CLOCK_THREAD_CPUTIME_ID))
 }
