@@ -10,6 +10,7 @@ use hmm_stress::deaths::Toll;
 use hmm_stress::report::Line;
 use serde::Serialize;
 
+use crate::accelerator::{Accelerator, Choice};
 use crate::demo::random_seed;
 use crate::environment::Environment;
 use crate::error::{Error, Result, with_sources};
@@ -47,7 +48,7 @@ const ENDS: [(&str, &str); 3] = [
 ];
 
 /// What is stressed when the device breaks: threads that know what each of their pages holds.
-const WHEN_BROKEN: &str = "random-access ";
+const WHEN_BROKEN: &str = "random-access";
 /// How long the driver then waits for an answer, in milliseconds.
 const TIMEOUT: &str = "2000";
 /// Devices whose daemons are killed, and their memory.
@@ -219,10 +220,17 @@ fn parts(only: &[String]) -> Result<Vec<(&'static str, Work)>> {
 pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Torture> {
     let works = parts(wanted.only)?;
     let seed = wanted.seed.unwrap_or_else(random_seed);
-    let environment = Environment::of(&Prepared::new(options)?)?;
+    let prepared = Prepared::new(options)?;
+    let environment = Environment::of(&prepared)?;
+    // What it runs on is found out, and told, once.
+    let mut options = options.clone();
+    options.accel = match prepared.accelerator() {
+        Accelerator::Kvm => Choice::Kvm,
+        Accelerator::Tcg => Choice::Tcg,
+    };
     let mut done = Vec::new();
     for (name, work) in works {
-        done.push(work.run(name, options, &wanted, seed)?);
+        done.push(work.run(name, &options, &wanted, seed)?);
     }
     Ok(Torture {
         environment,
@@ -274,7 +282,7 @@ impl Work {
                 let scenario = if *ends { WHEN_BROKEN } else { "" };
                 format!(
                     "echo {TIMEOUT} > /sys/module/virtio_hmm/parameters/timeout_ms; \
-                     hmm-stress run {scenario}--json --size 32M --duration {seconds}s --seed {seed}"
+                     hmm-stress run {scenario} --json --size 32M --duration {seconds}s --seed {seed}"
                 )
             }
             Self::Fuzz => return fuzz(wanted.duration),
