@@ -169,6 +169,21 @@ static void vhmm_request_send(struct vhmm_request *r, struct vhmm_queue *q)
 	}
 }
 
+/*
+ * A CPU has queues of its own where there are enough, and takes them in turn:
+ * more queues than CPUs are more copies at a time.
+ */
+static struct vhmm_queue *vhmm_copy_queue(struct vhmm_device *dev)
+{
+	unsigned int cpus = num_online_cpus();
+	unsigned int turns = DIV_ROUND_UP(dev->nr_copy, cpus);
+	unsigned int nr = raw_smp_processor_id();
+
+	if (turns > 1)
+		nr += cpus * ((u32)atomic64_read(&dev->next_cookie) % turns);
+	return &dev->copy[nr % dev->nr_copy];
+}
+
 /**
  * vhmm_request_submit() - send a copy request
  * @r: the request, with at least one frame
@@ -181,7 +196,7 @@ void vhmm_request_submit(struct vhmm_request *r)
 
 	r->req->nr_frames = cpu_to_le32(r->nr_frames);
 	r->resp_len = sizeof(*r->resp) + r->nr_frames;
-	vhmm_request_send(r, &dev->copy[raw_smp_processor_id() % dev->nr_copy]);
+	vhmm_request_send(r, vhmm_copy_queue(dev));
 }
 
 static bool vhmm_request_answered(const struct vhmm_request *r)

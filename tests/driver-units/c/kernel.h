@@ -422,7 +422,10 @@ typedef struct {
 } atomic64_t;
 
 #define atomic64_inc_return(v)			(++(v)->counter)
-#define raw_smp_processor_id()			0
+#define atomic64_read(v)			((v)->counter)
+#define num_online_cpus()			2U
+#define raw_smp_processor_id()			1
+#define DIV_ROUND_UP(n, d)			(((n) + (d) - 1) / (d))
 
 /* No time passes. */
 typedef s64 ktime_t;

@@ -31,6 +31,7 @@ int vhmm_queue_submit(struct vhmm_queue *q, struct vhmm_request *r)
 	size_t extents = le32_to_cpu(r->req->nr_extents);
 	unsigned int i;
 
+	assert(q >= r->dev->copy && q < r->dev->copy + r->dev->nr_copy);
 	assert(sg_page(&r->out_sg) == r->req && r->out_sg.end);
 	assert(r->out_sg.length == sizeof(*r->req) +
 	       extents * sizeof(struct virtio_hmm_extent));
@@ -58,7 +59,7 @@ struct vhmm_request *test_request_new(unsigned int max_frames)
 
 	dev.vdev = &vdev;
 	dev.counters = &counters;
-	dev.nr_copy = 1;
+	dev.nr_copy = 3;
 	return vhmm_request_alloc(&dev, max_frames, max_frames, GFP_KERNEL);
 }
 
