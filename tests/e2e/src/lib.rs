@@ -1,6 +1,8 @@
 //! What the end-to-end tests are written with: the tool as a user runs it, and
 //! a device daemon of the test's own.
 
+pub mod cases;
+
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -442,14 +444,15 @@ impl Running {
         )?)
     }
 
-    /// Files that it has made for this run and not yet removed.
+    /// The control sockets of its devices.
     ///
     /// # Errors
-    /// The directory cannot be read.
-    pub fn temporary_files(&self) -> Result<Vec<PathBuf>> {
+    /// The directory of its temporary files cannot be read.
+    pub fn controls(&self) -> Result<Vec<PathBuf>> {
         Ok(fs::read_dir(self.temporary.path())?
             .flatten()
-            .map(|entry| entry.path())
+            .map(|entry| entry.path().join("control"))
+            .filter(|control| control.exists())
             .collect())
     }
 
@@ -689,14 +692,7 @@ impl Daemon {
     /// # Errors
     /// It does not answer, or with an error.
     pub fn ask(&self, request: &serde_json::Value) -> Result<serde_json::Value> {
-        let mut stream = UnixStream::connect(self.control())?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(format!("{request}\n").as_bytes())?;
-        let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line)?;
-        let reply: serde_json::Value = serde_json::from_str(&line)?;
-        check(reply.get("error").is_none(), || line)?;
-        Ok(reply)
+        ask(&self.control(), request)
     }
 
     /// What it wrote to its log.
@@ -722,6 +718,21 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Sends a request to a daemon's control socket and returns the reply.
+///
+/// # Errors
+/// It does not answer, or with an error.
+pub fn ask(control: &Path, request: &serde_json::Value) -> Result<serde_json::Value> {
+    let mut stream = UnixStream::connect(control)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(format!("{request}\n").as_bytes())?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line)?;
+    let reply: serde_json::Value = serde_json::from_str(&line)?;
+    check(reply.get("error").is_none(), || line)?;
+    Ok(reply)
 }
 
 /// The file that is the device memory of a daemon.

@@ -6,9 +6,9 @@
 )]
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
 
 use hmm_conformance::cases;
+use hmm_e2e::cases::{Shared, shared};
 use hmm_e2e::{Daemon, Failure, NEEDS_VM, Result, check, trial, vm};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
@@ -60,10 +60,8 @@ struct Boot {
 }
 
 fn boot() -> Result<&'static Boot> {
-    static BOOT: OnceLock<Result<Boot, String>> = OnceLock::new();
-    BOOT.get_or_init(|| all_cases().map_err(|Failure(text)| text))
-        .as_ref()
-        .map_err(|text| Failure(text.clone()))
+    static BOOT: Shared<Boot> = Shared::new();
+    shared(&BOOT, all_cases)
 }
 
 fn all_cases() -> Result<Boot> {

@@ -6,8 +6,9 @@
     reason = "the names of the tests say what they are about"
 )]
 
+use hmm_e2e::cases::Told;
 use hmm_e2e::{Daemon, Failure, Result, Running, check, trial, vm};
-use hmm_stress::report::{Line, Summary, Verdict};
+use hmm_stress::report::Verdict;
 use hmm_vm::build::Programs;
 use hmm_vm::error::EXIT_COUNTERS;
 use hmm_vm::initramfs::MODULE_PATH;
@@ -39,9 +40,7 @@ fn main() {
 
 /// A run of all of `hmm-stress` on a device with faults.
 struct Stressed {
-    /// Verdicts and reasons, name first.
-    ends: Vec<(String, Verdict, String)>,
-    summary: Summary,
+    told: Told,
     daemon: Daemon,
     status: i32,
     errors: String,
@@ -57,19 +56,8 @@ fn stress(rules: &[&str], command: &[&str]) -> Result<Stressed> {
         .with(command)
         .with(["--json", "--seed", "1"])
         .finish()?;
-    let (mut ends, mut summary) = (Vec::new(), None);
-    for line in run.text().lines() {
-        match serde_json::from_str(line)? {
-            Line::Begin { .. } => {}
-            Line::Scenario(case) | Line::Test { case, .. } => {
-                ends.push((case.name, case.result, case.reason.unwrap_or_default()));
-            }
-            Line::Summary(line) => summary = Some(*line),
-        }
-    }
     Ok(Stressed {
-        ends,
-        summary: summary.ok_or_else(|| Failure(format!("no summary: {}", run.errors())))?,
+        told: Told::by(&run)?,
         daemon,
         status: run.status(),
         errors: run.errors(),
@@ -86,13 +74,15 @@ impl Stressed {
 
     /// How much a counter of the driver changed.
     fn driver(&self, name: &str) -> i64 {
-        self.summary.driver.get(name).copied().unwrap_or(-1)
+        self.told.summary.driver.get(name).copied().unwrap_or(-1)
     }
 
     /// No byte was wrong, and guest and host counted the same.
     fn is_sound(&self) -> Result {
-        let summary = &self.summary;
-        check(summary.mismatches == 0, || format!("{:#?}", self.ends))?;
+        let summary = &self.told.summary;
+        check(summary.mismatches == 0, || {
+            format!("{:#?}", self.told.cases)
+        })?;
         let driver = |name: &str| u64::try_from(self.driver(name)).unwrap_or(0);
         let sides = sides(driver, &self.daemon.counted()?);
         check(sides.values().all(Sides::agree), || format!("{sides:#?}"))?;
@@ -106,15 +96,16 @@ impl Stressed {
                 format!("{counter}: {change:?}")
             })?;
         }
-        for (name, _, reason) in &self.ends {
+        for case in &self.told.cases {
             let bad = [
                 "complained",
                 "leaked",
                 "the driver counted",
                 "not done after",
             ];
+            let reason = case.reason.as_deref().unwrap_or_default();
             check(!bad.iter().any(|bad| reason.contains(bad)), || {
-                format!("{name}: {reason}")
+                format!("{case:?}")
             })?;
         }
         Ok(())
@@ -130,9 +121,10 @@ fn late_and_reordered() -> Result {
     let run = stress(&rules, &["run", "--duration", "10s"])?;
     run.is_sound()?;
     let failed: Vec<_> = run
-        .ends
+        .told
+        .cases
         .iter()
-        .filter(|end| end.1 == Verdict::Fail)
+        .filter(|case| case.result == Verdict::Fail)
         .collect();
     check(failed.is_empty() && run.status == 0, || {
         format!("{failed:#?}")

@@ -8,12 +8,16 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use hmm_e2e::{Failure, Result, Running, check, device_memory, skippable_trial, trial, vm};
+use hmm_e2e::{Failure, Result, Running, ask, check, device_memory, skippable_trial, trial, vm};
 use hmm_vm::paths::Cache;
 use libtest_mimic::Arguments;
+use serde_json::{Value, json};
 
 /// Most that a run may use of device memory and of the daemon's own, of 18 GiB that there are.
 const USED: u64 = 2 << 30;
+
+/// Before it are the control queue and the event queue.
+const FIRST_COPY_QUEUE: usize = 2;
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -45,8 +49,31 @@ fn sixteen_queues_eight_cpus_and_16_gib() -> Result {
     check(memory > 0 && memory < USED && own < USED, || {
         format!("{memory} bytes of device memory in use, at most {own} of the daemon's")
     })?;
+    let unused = unused_queues(&run)?;
+    check(unused.is_empty(), || {
+        format!("queues {unused:?} had no request")
+    })?;
     run.say(b"\n")?;
     run.finish()?.expect_status(0)
+}
+
+/// The copy queues on which there was no request.
+fn unused_queues(run: &Running) -> Result<Vec<usize>> {
+    let controls = run.controls()?;
+    let control = controls
+        .first()
+        .ok_or_else(|| Failure("no device".into()))?;
+    let reply = ask(control, &json!({ "command": "statistics" }))?;
+    let queues = reply.pointer("/queues").and_then(Value::as_array);
+    let queues = queues.ok_or_else(|| Failure(reply.to_string()))?;
+    check(queues.len() == FIRST_COPY_QUEUE + 16, || reply.to_string())?;
+    let used = |queue: &Value| {
+        let operations = queue.pointer("/operations").and_then(Value::as_object);
+        operations.is_some_and(|operations| !operations.is_empty())
+    };
+    let copy_queues = queues.iter().enumerate().skip(FIRST_COPY_QUEUE);
+    let unused = copy_queues.filter(|(_, queue)| !used(queue));
+    Ok(unused.map(|(number, _)| number).collect())
 }
 
 /// How much is in use of device memory, and the most memory that the daemon has had, in bytes.

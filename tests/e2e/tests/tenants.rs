@@ -8,14 +8,13 @@
     reason = "the names of the tests say what they are about"
 )]
 
-use std::sync::OnceLock;
-
-use hmm_e2e::{Daemon, Failure, Finished, NEEDS_VM, Result, check, programs, trial, vm};
+use hmm_e2e::cases::{Shared, Told, case_trial, shared};
+use hmm_e2e::{Daemon, Result, check, programs, trial, vm};
 use hmm_hold::HELD;
-use hmm_stress::report::{Case, Line, Verdict};
+use hmm_stress::report::Case;
 use hmm_stress::tenants;
 use hmm_vm::initramfs::MODULE_PATH;
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use libtest_mimic::Arguments;
 use rustix::process::Signal;
 
 /// Fails unless the kernel leaves memory as it was.
@@ -50,7 +49,7 @@ fn main() {
             next_boot_after_a_hard_reset,
         ),
     ];
-    trials.extend(tenants::NAMES.map(tenant_trial));
+    trials.extend(tenants::NAMES.map(|name| case_trial("tenants", name, cases)));
     libtest_mimic::run(&arguments, trials).exit();
 }
 
@@ -62,50 +61,16 @@ fn run(daemon: &Daemon, script: &str) -> Result<hmm_e2e::Tool> {
         .with(["--", "sh", "-c", &format!("{NOT_CLEARED}\n{script}")]))
 }
 
-/// The cases that a run of `hmm-stress --json` tells of, and how many pages were wrong.
-fn read(run: &Finished) -> Result<(Vec<Case>, u64)> {
-    let (mut cases, mut mismatches) = (Vec::new(), None);
-    for line in run.text().lines() {
-        match serde_json::from_str(line)? {
-            Line::Begin { .. } => {}
-            Line::Scenario(case) | Line::Test { case, .. } => cases.push(case),
-            Line::Summary(summary) => mismatches = Some(summary.mismatches),
-        }
-    }
-    let mismatches = mismatches.ok_or_else(|| Failure(format!("no summary: {}", run.errors())))?;
-    Ok((cases, mismatches))
-}
-
 /// One boot for the ways in which a process gives memory up.
 fn cases() -> Result<&'static [Case]> {
-    static BOOT: OnceLock<Result<Vec<Case>, String>> = OnceLock::new();
+    static BOOT: Shared<Vec<Case>> = Shared::new();
     let boot = || {
         let daemon = Daemon::small(&[])?;
         let run = run(&daemon, "exec hmm-stress tenants --json")?.finish()?;
         check(run.status() <= 1, || run.errors())?;
-        Ok(read(&run)?.0)
+        Ok(Told::by(&run)?.cases)
     };
-    BOOT.get_or_init(|| boot().map_err(|Failure(text)| text))
-        .as_ref()
-        .map(Vec::as_slice)
-        .map_err(|text| Failure(text.clone()))
-}
-
-fn tenant_trial(name: &'static str) -> Trial {
-    let body = move || {
-        let cases = cases().map_err(|Failure(text)| text)?;
-        let case = cases.iter().find(|case| case.name == name);
-        let case = case.ok_or("it did not run")?;
-        let reason = || case.reason.clone().unwrap_or_default();
-        match case.result {
-            Verdict::Pass => Ok(Completion::Completed),
-            Verdict::Skip => Ok(Completion::ignored_with(reason())),
-            Verdict::Fail => Err(Failed::from(reason())),
-        }
-    };
-    Trial::ignorable_test(format!("tenants::{name}"), body)
-        .with_kind(NEEDS_VM)
-        .with_ignored_flag(true)
+    shared(&BOOT, boot).map(Vec::as_slice)
 }
 
 /// Shell commands that leave secrets on the device, in a process that waits.
@@ -161,11 +126,9 @@ fn failed_copies_show_nothing() -> Result {
     let script = format!("{PATIENT}; exec hmm-stress tenants --json");
     let run = run(&daemon, &script)?.finish()?;
     check(run.status() <= 1, || run.errors())?;
-    let (cases, mismatches) = read(&run)?;
-    check(mismatches == 0, || format!("{cases:#?}"))?;
-    check(cases.len() == tenants::NAMES.len(), || {
-        format!("{cases:#?}")
-    })?;
+    let told = Told::by(&run)?;
+    let all = told.cases.len() == tenants::NAMES.len();
+    check(all && told.summary.mismatches == 0, || format!("{told:#?}"))?;
     let counters = daemon.counters()?;
     for operation in [counters.to_device, counters.from_device, counters.fill] {
         check(operation.errors > 0, || format!("{counters:?}"))?;

@@ -8,19 +8,16 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use hmm_e2e::{
-    Daemon, Failure, NEEDS_VM, Result, Running, Tool, check, programs, trial, vm, wait_until,
-};
+use hmm_e2e::cases::{Shared, Told, case_trial, shared};
+use hmm_e2e::{Daemon, Failure, Result, Running, Tool, check, programs, trial, vm, wait_until};
 use hmm_hold::HELD;
-use hmm_stress::report::{Case, Line, Summary, Verdict};
 use hmm_vm::daemon::{Counted, Counters};
 use hmm_vm::initramfs::MODULE_PATH;
 use hmm_vm::reconcile::sides;
 use hmm_vm::testing::MODULES_VARIABLE;
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use libtest_mimic::Arguments;
 use rustix::process::{Signal, test_kill_process};
 
 /// Where `hmm-hold` writes in the guest that its pages are on the device, and waits to go on.
@@ -91,13 +88,15 @@ fn main() {
         }),
     ];
     for name in hmm_stress::contract::NAMES {
-        trials.push(guest_trial("contract", name, contract));
+        trials.push(case_trial("contract", name, || Ok(&contract()?.told.cases)));
     }
     for name in hmm_stress::neighbours::NAMES {
-        trials.push(guest_trial("neighbours", name, neighbours));
+        trials.push(case_trial("neighbours", name, || {
+            Ok(&neighbours()?.told.cases)
+        }));
     }
     for name in hmm_stress::scenario::NAMES {
-        trials.push(guest_trial("stress", name, stress));
+        trials.push(case_trial("stress", name, || Ok(&stress()?.told.cases)));
     }
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -343,10 +342,10 @@ fn killed_daemon_ends_the_run() -> Result {
 fn killed_daemon_ends_the_demo() -> Result {
     let run = vm(&["demo", "--json"])?.launch()?;
     wait_until("the stress runs", || {
-        let sockets = run.temporary_files().unwrap_or_default();
-        let controls = sockets.iter().map(|directory| directory.join("control"));
+        let controls = run.controls().unwrap_or_default();
         controls
-            .filter_map(|control| hmm_vm::daemon::counters(&control).ok())
+            .iter()
+            .filter_map(|control| hmm_vm::daemon::counters(control).ok())
             .any(|counters| counters.to_device.frames > 1000)
     })?;
     expect_quick_end(run)
@@ -588,18 +587,15 @@ fn stress_turn() -> Result {
 
 /// One boot whose results several tests look at.
 #[derive(Debug)]
-struct Shared {
-    cases: Vec<Case>,
-    summary: Box<Summary>,
+struct Boot {
+    told: Told,
     host: Counted,
     /// The tool's own failure, such as a complaint of the guest's kernel.
     failure: Option<String>,
 }
 
-type Boot = std::result::Result<Shared, String>;
-
-fn contract() -> Result<&'static Shared> {
-    static BOOT: OnceLock<Boot> = OnceLock::new();
+fn contract() -> Result<&'static Boot> {
+    static BOOT: Shared<Boot> = Shared::new();
     shared(&BOOT, || {
         boot_once(vm(&["run"])?, &["hmm-stress", "contract", "--json"])
     })
@@ -613,8 +609,8 @@ const WITH_DISK: &str = "if [ -e null_blk.ko.xz ]; then
     fi
     hmm-stress neighbours --json";
 
-fn neighbours() -> Result<&'static Shared> {
-    static BOOT: OnceLock<Boot> = OnceLock::new();
+fn neighbours() -> Result<&'static Boot> {
+    static BOOT: Shared<Boot> = Shared::new();
     shared(&BOOT, || {
         let disk = with_modules(&[
             "fs/configfs/configfs.ko.xz",
@@ -627,8 +623,8 @@ fn neighbours() -> Result<&'static Shared> {
     })
 }
 
-fn stress() -> Result<&'static Shared> {
-    static BOOT: OnceLock<Boot> = OnceLock::new();
+fn stress() -> Result<&'static Boot> {
+    static BOOT: Shared<Boot> = Shared::new();
     shared(&BOOT, || {
         boot_once(
             vm(&["run"])?,
@@ -637,68 +633,32 @@ fn stress() -> Result<&'static Shared> {
     })
 }
 
-fn shared(
-    boot: &'static OnceLock<Boot>,
-    make: impl FnOnce() -> Result<Shared>,
-) -> Result<&'static Shared> {
-    boot.get_or_init(|| make().map_err(|Failure(text)| text))
-        .as_ref()
-        .map_err(|text| Failure(text.clone()))
-}
-
-fn boot_once(tool: Tool, command: &[&str]) -> Result<Shared> {
+fn boot_once(tool: Tool, command: &[&str]) -> Result<Boot> {
     let daemon = Daemon::start()?;
     let run = tool
         .with(daemon.options())
         .with(["--"])
         .with(command)
         .finish()?;
-    let mut cases = Vec::new();
-    let mut summary = None;
-    for line in run.text().lines() {
-        match serde_json::from_str(line)? {
-            Line::Begin { .. } => {}
-            Line::Scenario(case) | Line::Test { case, .. } => cases.push(case),
-            Line::Summary(line) => summary = Some(line),
-        }
-    }
-    Ok(Shared {
-        cases,
-        summary: summary.ok_or_else(|| Failure(format!("no summary: {}", run.errors())))?,
+    Ok(Boot {
+        told: Told::by(&run)?,
         host: daemon.counted()?,
         failure: (run.status() > 1).then(|| run.errors()),
     })
 }
 
-fn guest_trial(group: &str, name: &'static str, boot: fn() -> Result<&'static Shared>) -> Trial {
-    let body = move || {
-        let shared = boot().map_err(|Failure(text)| text)?;
-        let case = shared.cases.iter().find(|case| case.name == name);
-        let case = case.ok_or("it did not run")?;
-        let reason = || case.reason.clone().unwrap_or_default();
-        match case.result {
-            Verdict::Pass => Ok(Completion::Completed),
-            Verdict::Skip => Ok(Completion::ignored_with(reason())),
-            Verdict::Fail => Err(Failed::from(reason())),
-        }
-    };
-    Trial::ignorable_test(format!("{group}::{name}"), body)
-        .with_kind(NEEDS_VM)
-        .with_ignored_flag(true)
-}
-
 /// What driver and daemon counted is the same, and the guest's kernel had nothing to say.
-fn reconciles(shared: &Shared) -> Result {
-    if let Some(failure) = &shared.failure {
+fn reconciles(boot: &Boot) -> Result {
+    if let Some(failure) = &boot.failure {
         return Err(Failure(failure.clone()));
     }
     let driver = |name: &str| {
-        let change = shared.summary.driver.get(name).copied();
+        let change = boot.told.summary.driver.get(name).copied();
         change
             .and_then(|change| u64::try_from(change).ok())
             .unwrap_or(0)
     };
-    let sides = sides(driver, &shared.host);
+    let sides = sides(driver, &boot.host);
     check(
         sides
             .values()
