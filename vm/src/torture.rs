@@ -187,20 +187,27 @@ impl Torture {
 
 /// What a part does.
 enum Work {
+    Guest(Guest),
+    Fuzz,
+}
+
+/// What one does in a guest.
+enum Guest {
     Conformance,
     Fault { rule: &'static str, ends: bool },
     Deaths,
-    Fuzz,
 }
 
 /// The parts whose names are asked for.
 fn parts(only: &[String]) -> Result<Vec<(&'static str, Work)>> {
-    let fault = |(name, rule), ends| (name, Work::Fault { rule, ends });
-    let all: Vec<_> = [(CONFORMANCE, Work::Conformance)]
+    let fault = |(name, rule), ends| (name, Guest::Fault { rule, ends });
+    let all: Vec<_> = [(CONFORMANCE, Guest::Conformance)]
         .into_iter()
         .chain(FAULTS.map(|one| fault(one, false)))
         .chain(ENDS.map(|one| fault(one, true)))
-        .chain([(DEATHS, Work::Deaths), (FUZZ, Work::Fuzz)])
+        .chain([(DEATHS, Guest::Deaths)])
+        .map(|(name, guest)| (name, Work::Guest(guest)))
+        .chain([(FUZZ, Work::Fuzz)])
         .collect();
     let names: Vec<_> = all.iter().map(|(name, _)| *name).collect();
     if let Some(unknown) = only.iter().find(|name| !names.contains(&name.as_str())) {
@@ -230,7 +237,10 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Torture> {
     };
     let mut done = Vec::new();
     for (name, work) in works {
-        done.push(work.run(name, &options, &wanted, seed)?);
+        done.push(match work {
+            Work::Guest(guest) => guest.run(name, &options, &wanted, seed)?,
+            Work::Fuzz => fuzz(wanted.duration)?,
+        });
     }
     Ok(Torture {
         environment,
@@ -260,7 +270,7 @@ fn total(parts: &[Part]) -> Part {
     }
 }
 
-impl Work {
+impl Guest {
     fn run(
         &self,
         name: &str,
@@ -285,7 +295,6 @@ impl Work {
                      hmm-stress run {scenario} --json --size 32M --duration {seconds}s --seed {seed}"
                 )
             }
-            Self::Fuzz => return fuzz(wanted.duration),
             Self::Deaths => {
                 options.devices = Some(DEVICES);
                 options.device_memory = Some(DEVICE_MEMORY);
@@ -348,7 +357,6 @@ impl Work {
                     }
                 }
             }
-            Self::Fuzz => {}
             Self::Deaths => {
                 if let Ok(toll) = serde_json::from_str::<Toll>(output) {
                     part.kills = toll.kills;
@@ -368,7 +376,7 @@ impl Work {
         let right = match self {
             Self::Fault { ends: false, .. } => matches!(end, End::Status(0 | 1)),
             Self::Fault { ends: true, .. } => matches!(end, End::Status(0..=2)),
-            Self::Conformance | Self::Deaths | Self::Fuzz => end == End::Status(0),
+            Self::Conformance | Self::Deaths => end == End::Status(0),
         };
         if !right && part.failures.is_empty() {
             let status = end.exit_status();
@@ -376,7 +384,7 @@ impl Work {
                 .push(format!("exit status {status}: {}", tail(errors, 3)));
         }
         let nothing = match self {
-            Self::Conformance | Self::Fuzz => part.inputs == 0,
+            Self::Conformance => part.inputs == 0,
             Self::Fault { .. } => part.injected == 0 || part.checked == 0,
             Self::Deaths => part.kills == 0,
         };
@@ -442,11 +450,11 @@ mod tests {
     use super::*;
     use crate::environment::tests::environment;
 
-    fn part(work: &Work, output: &str, end: End) -> Part {
+    fn part(guest: &Guest, output: &str, end: End) -> Part {
         let mut part = Part::default();
-        work.read(output, &mut part);
+        guest.read(output, &mut part);
         part.injected = 1;
-        work.judge(end, "the last words", &mut part);
+        guest.judge(end, "the last words", &mut part);
         part
     }
 
@@ -463,19 +471,19 @@ mod tests {
     #[test]
     fn cases_of_the_conformance_run_count_unless_skipped() {
         let output = "ok 1 d1_a\nok 2 d2_b # SKIP why\nnot ok 3 d3_c\n# Totals: pass:1";
-        let part = part(&Work::Conformance, output, End::Status(1));
+        let part = part(&Guest::Conformance, output, End::Status(1));
         assert_eq!(part.inputs, 2);
         assert_eq!(part.failures, ["not ok 3 d3_c"]);
     }
 
     #[test]
     fn lost_pages_are_no_failure_and_wrong_ones_are() {
-        let work = Work::Fault {
+        let guest = Guest::Fault {
             rule: "delay=1ms",
             ends: false,
         };
         let lost = format!("{CASE}\"mismatches\":0,\"lost\":2,\"operations\":7}}");
-        let part = part(&work, &lost, End::Status(1));
+        let part = part(&guest, &lost, End::Status(1));
         assert_eq!((part.checked, part.lost, part.wrong), (7, 2, 0));
         assert!(part.failures.is_empty(), "{part:?}");
         let torture = |part: Part| Torture {
@@ -486,7 +494,7 @@ mod tests {
         };
         assert!(torture(part).passed());
         let wrong = lost.replace("\"mismatches\":0", "\"mismatches\":3");
-        let part = self::part(&work, &wrong, End::Status(1));
+        let part = self::part(&guest, &wrong, End::Status(1));
         let torture = torture(part);
         assert!(!torture.passed() && torture.table().contains("3"));
     }
@@ -495,13 +503,13 @@ mod tests {
     fn a_part_that_ends_early_or_tries_nothing_fails() {
         let toll = r#"{"seed":1,"kills":2,"checked":9,"lost":1,"wrong":0,"complaints":0}"#;
         assert!(
-            part(&Work::Deaths, toll, End::Status(0))
+            part(&Guest::Deaths, toll, End::Status(0))
                 .failures
                 .is_empty()
         );
-        let failed = part(&Work::Deaths, toll, End::Signal(9));
+        let failed = part(&Guest::Deaths, toll, End::Signal(9));
         assert_eq!(failed.failures, ["exit status 137: the last words"]);
-        let nothing = part(&Work::Deaths, "", End::Status(0));
+        let nothing = part(&Guest::Deaths, "", End::Status(0));
         assert_eq!(nothing.failures, ["nothing was tried"]);
     }
 }
