@@ -159,7 +159,7 @@ pub struct virtio_hmm_counters {
     pub fill: virtio_hmm_op_counters,
     /// Device frames to device frames.
     pub device_to_device: virtio_hmm_op_counters,
-    /// Frames given back to the host.
+    /// Frames that were discarded.
     pub discard: virtio_hmm_op_counters,
     /// Requests of an operation unknown to their queue.
     pub unsupported: Le64,

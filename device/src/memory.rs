@@ -91,7 +91,7 @@ pub struct Usage {
     /// The host had allocated at most, as far as anybody looked: whoever asked,
     /// and the device each time before it gave some back.
     pub peak: u64,
-    /// Given back since the session began.
+    /// Cleared since the session began, for a request or at its end.
     pub cleared: u64,
 }
 

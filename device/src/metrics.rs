@@ -91,7 +91,7 @@ impl Collector for Device {
                 value,
             )?;
         }
-        let help = "Device memory that was given back to the host";
+        let help = "Device memory that was set to zero by discards, and at the end";
         let name = "hmm_memory_cleared";
         let kind = MetricType::Counter;
         let cleared = encoder.encode_descriptor(name, help, Some(&Unit::Bytes), kind)?;

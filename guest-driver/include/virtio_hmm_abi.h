@@ -198,7 +198,7 @@ struct virtio_hmm_counters {
 	struct virtio_hmm_op_counters fill;
 	/** @device_to_device: Device frames to device frames. */
 	struct virtio_hmm_op_counters device_to_device;
-	/** @discard: Frames given back to the host. */
+	/** @discard: Frames that were discarded. */
 	struct virtio_hmm_op_counters discard;
 	/** @unsupported: Requests of an operation unknown to their queue. */
 	__le64 unsupported;
