@@ -24,9 +24,11 @@ A rule is FAULT[=VALUE][,CONDITION=VALUE]... The faults:
   delay=TIME        executed and answered so much later, such as delay=5ms
   reorder[=TIME]    executed after the next request, or after TIME [10ms]
   error[=N]         N frames of the request fail [1]
-  status=STATUS     refused: invalid, unsupported, range or a number
+  status=STATUS     refused: invalid, unsupported, range or a number above 1
   short[=N]         only the first N frames are done [half]
   drop[=SHARE]      never answered, after none, half or all was done [none]
+  lose              answered as if done; nothing is done, and nothing counted
+  double            done, and counted, twice
   stall             the queue takes no more requests until it is reset
   poison[=N]        N frames lose their contents [1]
   dead              the device does nothing any more

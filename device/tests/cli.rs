@@ -158,7 +158,7 @@ fn help_and_documentation_name_every_fault() {
     let help = String::from_utf8(output.stdout).unwrap();
     let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/fault-injection.md");
     let page = fs::read_to_string(page).unwrap();
-    let faults = "delay reorder error status short drop stall poison dead";
+    let faults = "delay reorder error status short drop lose double stall poison dead";
     let conditions = "op queue probability after count";
     for word in faults.split(' ').chain(conditions.split(' ')) {
         let lines = |mut text: std::str::Lines, start: &str| text.any(|l| l.starts_with(start));
