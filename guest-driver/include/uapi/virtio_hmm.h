@@ -232,7 +232,6 @@ struct virtio_hmm_limit {
  * EINVAL	unaligned or empty range, or beyond user space; flags not zero
  * EFAULT	the argument or the array cannot be accessed
  * EINTR	a signal came
- * ENOMEM	no kernel memory for the work
  * EBADF	the file was opened by another address space
  * ENODEV	the device was unbound
  */
