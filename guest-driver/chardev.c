@@ -176,7 +176,7 @@ static int vhmm_ioctl_query(struct vhmm_device *dev, void __user *argp)
 		u64 next = min(addr + sizeof(residency) * PAGE_SIZE, end);
 		size_t nr = (next - addr) >> PAGE_SHIFT;
 
-		/* Work for io_uring looks like a signal, and is nobody's business. */
+		/* Task work, as io_uring's, looks like a signal: the call is restarted. */
 		if (signal_pending(current) || mmap_read_lock_killable(current->mm))
 			return -ERESTARTSYS;
 		vhmm_residency(dev, current->mm, addr, next, residency, NULL);

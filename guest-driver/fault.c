@@ -30,8 +30,8 @@ static gfp_t vhmm_fault_gfp(bool large, bool touched)
 }
 
 /*
- * Give page @i a page of RAM to come home to. With it come those around it;
- * the sources can be of other devices as well, or holes.
+ * Give page @i a page of RAM to come home to. Above the touched page there can
+ * be pages of other devices as well, and holes: they stay as they are.
  */
 static bool vhmm_fault_alloc(struct vhmm_device *dev, struct migrate_vma *args,
 			     unsigned long i, bool touched)

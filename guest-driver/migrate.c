@@ -603,7 +603,7 @@ static void vhmm_tally(struct vhmm_batch *b, unsigned long nr,
  * @ctx: the open file; its address space is that of the caller
  * @arg: the range and direction, checked; what was done is added to it, and the
  *	range is gone on with from there
- * @trigger: what it is counted as; for the device if that is the direction
+ * @trigger: what it is counted as, which also says the direction
  *
  * Works in batches of an aligned PMD. Signals are looked at in between.
  *
