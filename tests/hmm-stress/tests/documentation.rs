@@ -50,9 +50,10 @@ fn check(place: &str, tests: &str, sources: &str) {
     ]
     .concat();
     for name in tests.split('`').skip(1).step_by(2) {
-        let known = match name.strip_suffix('*') {
-            Some(start) => names.iter().any(|known| known.starts_with(start)),
-            None => {
+        let known = match (name.strip_prefix('*'), name.strip_suffix('*')) {
+            (Some(end), _) => names.iter().any(|known| known.ends_with(end)),
+            (None, Some(start)) => names.iter().any(|known| known.starts_with(start)),
+            (None, None) => {
                 names.contains(&name)
                     || sources.contains(&format!("\"{name}\""))
                     || sources.contains(&format!("fn {name}("))
@@ -72,6 +73,17 @@ fn tests_of_the_guide_exist() {
         check(rule, tests, &in_the_vm);
     }
     assert!(number > 60, "only {number} rules were found");
+}
+
+#[test]
+fn tests_of_the_neighbours_exist() {
+    let page = fs::read_to_string(checkout().join("docs/neighbours.md")).unwrap();
+    let mut number = 0;
+    for (neighbour, tests) in rows(&page).filter(|(_, tests)| tests.contains('`')) {
+        number += 1;
+        check(neighbour, tests, "");
+    }
+    assert!(number > 20, "only {number} neighbours were found");
 }
 
 #[test]
