@@ -1,6 +1,6 @@
 //! The request parser. The first bytes of an input say what the chain is like, the
-//! others are the request, whose lengths may be made to fit, since few would. What it accepts lies in device memory, and it makes no
-//! difference where the chain is divided.
+//! others are the request, whose lengths may be made to fit, since few would. What it
+//! accepts lies in device memory, and it makes no difference where the chain is divided.
 #![no_main]
 
 use std::sync::LazyLock;
