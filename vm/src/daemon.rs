@@ -29,7 +29,7 @@ pub struct Operation {
     pub frames: u64,
     /// Bytes in these frames.
     pub bytes: u64,
-    /// Requests and frames that failed.
+    /// Requests whose status was not `OK`.
     pub errors: u64,
 }
 

@@ -228,17 +228,6 @@ impl Guest {
         self.0.insert(device, driver);
         Ok(())
     }
-
-    /// Forgets all devices: they were counted by a kernel that is gone.
-    pub fn clear(&mut self) {
-        self.0.clear();
-    }
-
-    /// A counter of a device; 0 if there is none.
-    #[must_use]
-    pub fn get(&self, device: &str, name: &str) -> u64 {
-        self.0.get(device).map_or(0, |driver| driver.get(name))
-    }
 }
 
 /// The two sides of one device.
