@@ -25,6 +25,9 @@ const SUITES: [(&str, &str); 3] = [
     ("neighbours", "neighbours"),
     ("model", "model --steps 1000 --duration 5s"),
 ];
+/// Options that are not about the machine: with a value, and without.
+const OWN_OPTIONS: [&str; 4] = ["--duration", "--seed", "--turn", "--report"];
+const OWN_FLAGS: [&str; 2] = ["--json", "--top"];
 /// How long a scenario runs in a turn. They end by themselves, so none is ended early.
 const SCENARIO: &str = "--duration 2s --size 64M";
 /// How long the last turn, the checks and the power-off may take beyond the stress's time.
@@ -335,7 +338,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted, sampler: Option<Sampler>) -
             (Vec::new(), Some(with_sources(&error)), Some(status))
         }
     };
-    let repeat = machine_words(std::env::args());
+    let repeat = machine_words(std::env::args(), "stress", &OWN_OPTIONS, &OWN_FLAGS);
     for failure in &mut progress.failures {
         let (turn, seed) = (&failure.command, failure.seed);
         failure.command = format!("cargo vm stress {repeat}--turn {turn} --seed {seed}");
@@ -368,18 +371,24 @@ pub fn run(options: &MachineOptions, wanted: Wanted, sampler: Option<Sampler>) -
     Ok(stress)
 }
 
-/// The words of this command line that are about the machine, each with a space after it.
-fn machine_words(words: impl Iterator<Item = String>) -> String {
-    let mut words = words.skip_while(|word| word != "stress").skip(1);
+/// The words behind `command` that are about the machine, each with a space after it: those
+/// that are neither among its own `options`, which have a value, nor among its `flags`.
+pub(crate) fn machine_words(
+    words: impl Iterator<Item = String>,
+    command: &str,
+    options: &[&str],
+    flags: &[&str],
+) -> String {
+    let mut words = words.skip_while(|word| word != command).skip(1);
     let mut text = String::new();
     while let Some(word) = words.next() {
-        match word.as_str() {
-            "--duration" | "--seed" | "--turn" | "--report" => drop(words.next()),
-            "--json" | "--top" => {}
-            word if ["--duration=", "--seed=", "--turn=", "--report="]
-                .iter()
-                .any(|option| word.starts_with(option)) => {}
-            word => text += &format!("{word} "),
+        let option = word.split_once('=').map_or(word.as_str(), |(name, _)| name);
+        if options.contains(&option) {
+            if option == word {
+                words.next();
+            }
+        } else if !flags.contains(&word.as_str()) {
+            text += &format!("{word} ");
         }
     }
     text
@@ -673,7 +682,8 @@ mod tests {
         let line =
             "hmm-vm stress --kernel debug --duration 10m --seed=4 --json --report out --cpus 4";
         let words = line.split(' ').map(ToOwned::to_owned);
-        assert_eq!(machine_words(words), "--kernel debug --cpus 4 ");
+        let words = machine_words(words, "stress", &OWN_OPTIONS, &OWN_FLAGS);
+        assert_eq!(words, "--kernel debug --cpus 4 ");
     }
 
     #[test]

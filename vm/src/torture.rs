@@ -21,6 +21,7 @@ use crate::process::tail;
 use crate::reconcile::grouped;
 use crate::report::Report;
 use crate::run::End;
+use crate::stress::machine_words;
 use crate::units::Size;
 
 /// A driver in user mode that makes every kind of request, well-formed and not.
@@ -46,6 +47,9 @@ const ENDS: [(&str, &str); 3] = [
     ("stall", "stall,after=300,count=1"),
     ("dead", "dead,after=300"),
 ];
+
+/// Options that are not about the machine, or that each part has by itself.
+const OWN_OPTIONS: [&str; 5] = ["--only", "--duration", "--kills", "--seed", "--timeout"];
 
 /// What is stressed when the device breaks: threads that know what each of their pages holds.
 const WHEN_BROKEN: &str = "random-access";
@@ -423,9 +427,10 @@ fn fuzz(duration: Duration) -> Result<Part> {
     Ok(part)
 }
 
-/// The command line that does a part again.
+/// The command line that does a part again, on the machine that the user asked for.
 fn repeated(options: &MachineOptions, command: &str) -> String {
-    let mut text = "cargo vm run".to_owned();
+    let words = machine_words(std::env::args(), "torture", &OWN_OPTIONS, &["--json"]);
+    let mut text = format!("cargo vm run {words}").trim_end().to_owned();
     if let Some(profile) = &options.profile {
         let _ = write!(text, " --profile {profile}");
     }
