@@ -366,7 +366,13 @@ fn execute(command: Command) -> Result<u8> {
             show(&torture, torture.table(), json)?;
             Ok(u8::from(!torture.passed()))
         }
-        Command::Test { machine } => Ok(u8::from(testing::run_all(&machine)?.failed > 0)),
+        Command::Test { machine } => {
+            if machine.dry_run {
+                print!("{}", dry_run(&machine, false)?);
+                return Ok(0);
+            }
+            Ok(u8::from(testing::run_all(&machine)?.failed > 0))
+        }
         Command::Doctor { toolbox, mirror } => {
             Ok(u8::from(!doctor::run(toolbox, mirror.as_deref())?))
         }
