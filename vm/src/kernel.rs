@@ -13,7 +13,7 @@ use crate::root::{Root, check_namespaces};
 /// Variable that chooses the guest's kernel, as `--kernel` does.
 pub const KERNEL_VARIABLE: &str = "VIRTIO_HMM_KERNEL";
 
-/// First release with the interfaces that the driver uses.
+/// Oldest release that is taken from this machine. The driver builds for older ones, too.
 pub const OLDEST: Version = Version(7, 3);
 
 /// What the driver and the guest's first program need, which loads no other module.
