@@ -48,6 +48,9 @@ fn place_fill(driver: &mut Driver) -> Result<(u64, u64)> {
 
 /// The device stops a queue that is given something broken, and serves the others. That it
 /// serves this one after a reset is tested after each case.
+///
+/// What is given has all of a request and room for its response before what is broken, if it
+/// can, so that a device which makes do with that is noticed.
 fn stops(driver: &mut Driver, give: impl FnOnce(&mut Driver) -> Result) -> Result {
     stops_queue(driver, COPY, give)
 }
@@ -84,9 +87,9 @@ fn stops_queue(
 
 fn d15_a_loop_stops_the_queue(driver: &mut Driver) -> Result {
     stops(driver, |driver| {
-        let (at, _) = place_fill(driver)?;
+        let (at, response) = place_fill(driver)?;
         let there = descriptor((at, 48), NEXT, 1);
-        let back = descriptor((at, 48), NEXT, 0);
+        let back = descriptor((response, 9), WRITE | NEXT, 0);
         driver.offer_chain(COPY, 0, &[there, back])
     })
 }
@@ -112,8 +115,11 @@ fn offer_table(
 
 fn d15_a_loop_in_an_indirect_table_stops_the_queue(driver: &mut Driver) -> Result {
     stops(driver, |driver| {
-        let (at, _) = place_fill(driver)?;
-        let table = [descriptor((at, 48), NEXT, 1), descriptor((at, 48), NEXT, 0)];
+        let (at, response) = place_fill(driver)?;
+        let table = [
+            descriptor((at, 48), NEXT, 1),
+            descriptor((response, 9), WRITE | NEXT, 0),
+        ];
         offer_table(driver, &table, 32)
     })
 }
@@ -161,13 +167,14 @@ fn d15_an_available_index_that_goes_back_stops_the_queue(driver: &mut Driver) ->
 fn d15_an_indirect_table_in_an_indirect_table_stops_the_queue(driver: &mut Driver) -> Result {
     stops(driver, |driver| {
         let (at, response) = place_fill(driver)?;
-        let inner = driver.memory.alloc(32)?;
-        driver.write_table(inner, 0, &chain(0, &[(at, 48)], &[(response, 9)]))?;
+        let inner = driver.memory.alloc(16)?;
+        driver.write_table(inner, 0, &chain(0, &[], &[(response, 0)]))?;
         let table = [
-            descriptor((at, 0), NEXT, 1),
-            descriptor((inner, 32), INDIRECT, 0),
+            descriptor((at, 48), NEXT, 1),
+            descriptor((response, 9), WRITE | NEXT, 2),
+            descriptor((inner, 16), INDIRECT, 0),
         ];
-        offer_table(driver, &table, 32)
+        offer_table(driver, &table, 48)
     })
 }
 
@@ -196,12 +203,13 @@ fn d15_an_indirect_table_outside_memory_stops_the_queue(driver: &mut Driver) -> 
 }
 
 fn d15_a_chain_of_more_than_4_gib_stops_the_queue(driver: &mut Driver) -> Result {
-    for (first, others) in [(u32::MAX, 0), (u32::MAX - 7, 0), (1 << 30, 4)] {
+    for (first, others) in [(u32::MAX, 0), (u32::MAX - 55, 0), (1 << 30, 4)] {
         driver.start(FEATURES)?;
         stops(driver, |driver| {
             let (at, response) = place_fill(driver)?;
-            let huge = vec![(at, first as usize); 1 + others];
-            driver.offer_chain(COPY, 0, &chain(0, &huge, &[(response, 9)]))
+            let mut writable = vec![(at, first as usize); 2 + others];
+            writable[0] = (response, 9);
+            driver.offer_chain(COPY, 0, &chain(0, &[(at, 48)], &writable))
         })?;
     }
     Ok(())
@@ -210,9 +218,9 @@ fn d15_a_chain_of_more_than_4_gib_stops_the_queue(driver: &mut Driver) -> Result
 fn d15_a_chain_of_more_than_1024_descriptors_stops_the_queue(driver: &mut Driver) -> Result {
     stops(driver, |driver| {
         let (at, response) = place_fill(driver)?;
-        let mut readable = vec![(at, 0); 1024];
-        readable[0] = (at, 48);
-        let table = chain(0, &readable, &[(response, 9)]);
+        let mut writable = vec![(response, 0); 1024];
+        writable[0] = (response, 9);
+        let table = chain(0, &[(at, 48)], &writable);
         offer_table(driver, &table, 16 * table.len())
     })
 }
