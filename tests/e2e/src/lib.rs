@@ -2,6 +2,8 @@
 //! a device daemon of the test's own.
 
 pub mod cases;
+pub mod ktap;
+pub mod patch;
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};

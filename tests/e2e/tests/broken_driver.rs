@@ -7,10 +7,9 @@
     reason = "the names of the tests say what they are about"
 )]
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
+use hmm_e2e::patch::{self, Patch};
 use hmm_e2e::{Failure, Finished, Result, Tool, check, trial, vm};
 use hmm_stress::deaths::Toll;
 use hmm_stress::report::Line;
@@ -25,20 +24,7 @@ fn main() -> Result {
     let mut arguments = Arguments::from_args();
     // Each boots a machine with as many CPUs as this one has.
     arguments.test_threads.get_or_insert(1);
-    let mut patches: Vec<PathBuf> = Vec::new();
-    for entry in fs::read_dir(PATCHES)? {
-        patches.push(entry?.path());
-    }
-    patches.sort();
-    let mut trials: Vec<_> = patches
-        .into_iter()
-        .map(|patch| {
-            let name = patch.file_stem().unwrap_or_default().to_string_lossy();
-            trial(&format!("broken_driver::{name}"), move || {
-                is_noticed(&patch)
-            })
-        })
-        .collect();
+    let mut trials = patch::trials("broken_driver", PATCHES, is_noticed)?;
     trials.push(trial(
         "broken_driver::model_checker_finds_and_shrinks",
         model_checker_finds,
@@ -46,21 +32,13 @@ fn main() -> Result {
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-fn is_noticed(patch: &Path) -> Result {
-    let text = fs::read_to_string(patch)?;
-    let lines = |start| {
-        text.lines()
-            .filter_map(move |line| line.strip_prefix(start))
-            .map(str::trim)
-    };
-    check(lines("Fails: ").next().is_some(), || {
-        "the patch names no test".into()
-    })?;
-    let rules: Vec<_> = lines("Inject: ")
+fn is_noticed(patch: &Patch) -> Result {
+    let rules: Vec<_> = patch
+        .lines("Inject: ")
         .flat_map(|rule| ["--inject", rule])
         .collect();
     let driver = broken_driver(patch)?;
-    for test in lines("Fails: ") {
+    for test in patch.fails() {
         let prepare = || -> Result<_> {
             Ok(vm(&["run", "--timeout", "150s", "--driver"])?.with([driver.path()]))
         };
@@ -123,7 +101,9 @@ fn mismatches(text: &str) -> u64 {
 
 /// A page that was never written is not cleared on its way to the device.
 fn model_checker_finds() -> Result {
-    let driver = broken_driver(&Path::new(PATCHES).join("s6-does-not-fill.patch"))?;
+    let driver = broken_driver(&Patch::read(
+        Path::new(PATCHES).join("s6-does-not-fill.patch"),
+    )?)?;
     let script = "hmm-stress model --seed 1 --steps 500 >&2; [ $? = 1 ] || exit 91
         hmm-stress model --replay hmm-model-1 >&2; [ $? = 1 ] || exit 92
         grep -v '^#' hmm-model-1";
@@ -142,17 +122,9 @@ fn model_checker_finds() -> Result {
 }
 
 /// A copy of the driver with `patch` applied.
-fn broken_driver(patch: &Path) -> Result<TempDir> {
+fn broken_driver(patch: &Patch) -> Result<TempDir> {
     let driver = tempfile::tempdir()?;
     copy_module_sources(&module_sources(), driver.path())?;
-    let applied = Command::new("git")
-        .args(["apply", "-p0"])
-        .arg(patch)
-        .current_dir(driver.path())
-        .env("GIT_CEILING_DIRECTORIES", driver.path())
-        .output()?;
-    check(applied.status.success(), || {
-        String::from_utf8_lossy(&applied.stderr).into_owned()
-    })?;
+    patch.apply(driver.path())?;
     Ok(driver)
 }

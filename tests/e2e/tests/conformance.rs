@@ -5,10 +5,9 @@
     reason = "the names of the tests say what they are about"
 )]
 
-use std::collections::BTreeMap;
-
 use hmm_conformance::cases;
 use hmm_e2e::cases::{Shared, shared};
+use hmm_e2e::ktap::{End, Ends};
 use hmm_e2e::{Daemon, Failure, NEEDS_VM, Result, check, trial, vm};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
@@ -37,20 +36,10 @@ fn main() {
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-/// How a case ended, and why.
-#[derive(Clone, Debug)]
-enum End {
-    Passed,
-    Skipped(String),
-    Failed(String),
-}
-
 /// A boot whose results several tests look at, and the next one with the same daemon.
 #[derive(Debug)]
 struct Boot {
-    ends: BTreeMap<String, End>,
-    /// How many cases there were to be.
-    planned: usize,
+    ends: Ends,
     status: i32,
     output: String,
     /// What the daemon wrote to its log.
@@ -70,29 +59,8 @@ fn all_cases() -> Result<Boot> {
         .with(daemon.options())
         .with(["--", "sh", "-c", ALL])
         .finish()?;
-    let (mut ends, mut planned, mut told) = (BTreeMap::new(), 0, String::new());
-    for line in run.text().lines() {
-        if let Some(text) = line.strip_prefix("# ") {
-            told = format!("{told}{text}; ");
-        } else if let Some(number) = line.strip_prefix("1..") {
-            planned = number.parse()?;
-        } else if let Some((number, name)) = line
-            .split_once("ok ")
-            .and_then(|(_, rest)| rest.split_once(' '))
-        {
-            let told = std::mem::take(&mut told);
-            let (name, end) = match name.split_once(" # SKIP ") {
-                Some((name, reason)) => (name, End::Skipped(reason.to_owned())),
-                None if line.starts_with("not ") => (name, End::Failed(told)),
-                None => (name, End::Passed),
-            };
-            check(number.parse() == Ok(ends.len() + 1), || line.to_owned())?;
-            ends.insert(name.to_owned(), end);
-        }
-    }
     Ok(Boot {
-        ends,
-        planned,
+        ends: Ends::read(&run.text())?,
         status: run.status(),
         output: run.text() + &run.errors(),
         log: daemon.log()?,
@@ -103,7 +71,7 @@ fn all_cases() -> Result<Boot> {
 fn case_trial(name: &'static str) -> Trial {
     let body = move || {
         let boot = boot().map_err(|Failure(text)| text)?;
-        match boot.ends.get(name) {
+        match boot.ends.by_name.get(name) {
             Some(End::Passed) => Ok(Completion::Completed),
             Some(End::Skipped(reason)) => Ok(Completion::ignored_with(reason)),
             Some(End::Failed(reason)) => Err(Failed::from(reason)),
@@ -119,7 +87,9 @@ fn case_trial(name: &'static str) -> Trial {
 /// nothing to tell but of the queues that were broken on purpose.
 fn nothing_else_went_wrong() -> Result {
     let boot = boot()?;
-    check(boot.planned == cases::all().count(), || boot.output.clone())?;
+    check(boot.ends.planned == cases::all().count(), || {
+        boot.output.clone()
+    })?;
     check(boot.status == 0, || {
         format!("status {}:\n{}", boot.status, boot.output)
     })?;
