@@ -107,6 +107,12 @@ impl Cache {
         self.root.join("fuzz")
     }
 
+    /// Builds of device daemons that tests break on purpose.
+    #[must_use]
+    pub fn broken_device(&self) -> PathBuf {
+        self.root.join("broken-device")
+    }
+
     /// Whether KVM works here.
     #[must_use]
     pub fn accelerator(&self) -> PathBuf {
@@ -119,7 +125,7 @@ impl Cache {
 
     /// Everything this tool may have put into the cache.
     #[must_use]
-    pub fn entries(&self) -> [PathBuf; 9] {
+    pub fn entries(&self) -> [PathBuf; 10] {
         [
             self.toolboxes(),
             self.apt(),
@@ -128,6 +134,7 @@ impl Cache {
             self.checkpatch(),
             self.test_hmm(),
             self.fuzz(),
+            self.broken_device(),
             self.accelerator(),
             self.lock_file(),
         ]
@@ -147,7 +154,7 @@ impl Cache {
 ///
 /// # Errors
 /// It cannot be written.
-pub(crate) fn lock(path: &Path, report: Report) -> Result<File> {
+pub fn lock(path: &Path, report: Report) -> Result<File> {
     let file = File::create(path).at("create", path)?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => {

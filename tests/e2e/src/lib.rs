@@ -627,7 +627,15 @@ impl Daemon {
     /// # Errors
     /// It does not start.
     pub fn start_with(options: &[&str]) -> Result<Self> {
-        Self::start_sized("256M", options)
+        Self::start_sized(&Programs::locate()?.daemon(), "256M", options)
+    }
+
+    /// Starts this program in its place.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_program(program: &Path) -> Result<Self> {
+        Self::start_sized(program, "256M", &[])
     }
 
     /// Starts it with little memory, and further options.
@@ -635,12 +643,12 @@ impl Daemon {
     /// # Errors
     /// It does not start.
     pub fn small(options: &[&str]) -> Result<Self> {
-        Self::start_sized("16M", options)
+        Self::start_sized(&Programs::locate()?.daemon(), "16M", options)
     }
 
-    fn start_sized(memory: &str, options: &[&str]) -> Result<Self> {
+    fn start_sized(program: &Path, memory: &str, options: &[&str]) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("e2e").tempdir()?;
-        let child = Command::new(Programs::locate()?.daemon())
+        let child = Command::new(program)
             .arg("--socket-path")
             .arg(directory.path().join("device"))
             .arg("--control-socket")
