@@ -97,19 +97,6 @@ fn run(cli: &Cli, works: &[Work], tell: &mut dyn FnMut(Line)) {
         contenders: contenders.clone(),
     });
     let mut missing: Vec<(Memory, Contender)> = Vec::new();
-    let (left_out, works): (Vec<Work>, Vec<Work>) = works
-        .iter()
-        .partition(|work| cli.only.is_empty() && work.takes_long());
-    for work in left_out {
-        for &contender in &contenders {
-            tell(Line::Missing {
-                contender,
-                work,
-                failed: false,
-                reason: work::LEFT_OUT.into(),
-            });
-        }
-    }
     for round in 1..=cli.rounds {
         for works in works.chunk_by(|one, other| one.memory == other.memory) {
             let Some(memory) = works.first().map(|work| work.memory) else {

@@ -20,7 +20,10 @@ use crate::contents;
 use crate::work::{Memory, Pages, Step};
 
 /// Pages that are read when faults are measured, at most.
-pub const FAULTS: usize = 4096;
+pub const FAULTS: usize = 2048;
+
+/// Memory of so many pages goes out once in a round, for all works together.
+const ROOMY: usize = 32 * FAULTS;
 
 /// Pages between isolated faults: neither what the kernel reads ahead nor a huge page comes
 /// near the next.
@@ -34,6 +37,10 @@ const ENOUGH: usize = 512 << 10;
 
 /// Calls after which all pages have to have moved. Migration and reclaim are best effort.
 const CALLS: u32 = 50;
+
+/// Steps that move all pages, and those in which pages fault.
+const TRANSFERS: [Step; 3] = [Step::ToDevice, Step::ToDeviceNet, Step::Back];
+const FAULTED: [Step; 2] = [Step::SequentialFaults, Step::RandomFaults];
 
 /// What was measured of one work in one round.
 #[derive(Clone, Debug, Default)]
@@ -68,20 +75,24 @@ pub fn measure(
     steps: &[Step],
     rng: &mut Rng,
 ) -> Result<Vec<(Step, Sample)>, Failure> {
-    let wanted = |step| steps.contains(&step);
+    let wanted = |some: &[Step]| some.iter().any(|step| steps.contains(step));
     let mut samples = Vec::new();
-    if wanted(Step::ToDevice) || wanted(Step::ToDeviceNet) || wanted(Step::Back) {
-        let times = transfers(session, memory, rng)?;
-        samples.extend(times.into_iter().filter(|(step, _)| wanted(*step)));
+    let (transferred, faulted) = (wanted(&TRANSFERS), wanted(&FAULTED));
+    let roomy = memory.page_count() >= ROOMY;
+    if roomy && (transferred || faulted) {
+        samples.extend(transfers_and_faults(session, memory, rng)?);
     }
-    if wanted(Step::SequentialFaults) || wanted(Step::RandomFaults) {
-        let times = faults(session, memory, rng)?;
-        samples.extend(times.into_iter().filter(|(step, _)| wanted(*step)));
+    if !roomy && transferred {
+        samples.extend(transfers(session, memory, rng)?);
     }
-    if wanted(Step::IsolatedFault) {
+    if !roomy && faulted {
+        samples.extend(faults(session, memory, rng)?);
+    }
+    if wanted(&[Step::IsolatedFault]) {
         let sample = isolated(session, memory, rng)?;
         samples.push((Step::IsolatedFault, sample));
     }
+    samples.retain(|(step, _)| steps.contains(step));
     Ok(samples)
 }
 
@@ -94,21 +105,55 @@ fn transfers(
     let (mut out, mut besides, mut back) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
     for _ in 0..turns {
         let subject = Subject::new(session, memory, rng)?;
+        let all: Vec<Part> = subject.parts().collect();
         out += subject.go_out()?;
         besides += subject.besides()?;
         session.settle(&subject.part(0..memory.page_count()))?;
-        back += subject.come_back()?;
+        back += subject.come_back(&all)?;
         subject.check_all()?;
     }
     let pages = turns * memory.page_count();
-    let mut samples = vec![
-        (Step::ToDevice, Sample::of(out, pages)),
-        (Step::Back, Sample::of(back, pages)),
-    ];
+    let mut samples = sent(out, besides, pages);
+    samples.push((Step::Back, Sample::of(back, pages)));
+    Ok(samples)
+}
+
+/// What it took to send pages out, and what that did besides.
+fn sent(out: Duration, besides: Duration, pages: usize) -> Vec<(Step, Sample)> {
+    let mut samples = vec![(Step::ToDevice, Sample::of(out, pages))];
     // On a busy machine the one can take longer by itself than it did within the other.
     if out > besides {
         samples.push((Step::ToDeviceNet, Sample::of(out - besides, pages)));
     }
+    samples
+}
+
+/// Sends memory out once; then faults are in the first half of each thread's part, and the
+/// other half comes back by request.
+fn transfers_and_faults(
+    session: &dyn Session,
+    memory: Memory,
+    rng: &mut Rng,
+) -> Result<Vec<(Step, Sample)>, Failure> {
+    let subject = Subject::new(session, memory, rng)?;
+    let middle = |part: &Part| part.pages.start + part.pages.len() / 2;
+    let out = subject.go_out()?;
+    let besides = subject.besides()?;
+    session.settle(&subject.part(0..memory.page_count()))?;
+    let mut samples = sent(out, besides, memory.page_count());
+    for (step, skipped) in FAULTED.into_iter().zip([0, subject.fault_limit()]) {
+        let among = |part: Part| part.pages.start + skipped..middle(&part);
+        let (time, count) = subject.read(step, among, rng)?;
+        samples.push((step, Sample::of(time, count)));
+    }
+    let rest: Vec<Part> = subject
+        .parts()
+        .map(|part| subject.part(middle(&part)..part.pages.end))
+        .collect();
+    let back = subject.come_back(&rest)?;
+    let pages = rest.iter().map(|part| part.pages.len()).sum();
+    samples.push((Step::Back, Sample::of(back, pages)));
+    subject.check_all()?;
     Ok(samples)
 }
 
@@ -118,45 +163,31 @@ fn faults(
     session: &dyn Session,
     memory: Memory,
     rng: &mut Rng,
-) -> Result<[(Step, Sample); 2], Failure> {
-    let steps = [Step::SequentialFaults, Step::RandomFaults];
-    let limit = FAULTS / memory.threads;
+) -> Result<Vec<(Step, Sample)>, Failure> {
     let large = memory.page_count() > 2 * FAULTS;
     let turns = (ENOUGH / memory.bytes).max(1);
     let (mut times, mut counts) = ([Duration::ZERO; 2], [0; 2]);
     for _ in 0..turns {
         let mut subject = Subject::new(session, memory, rng)?;
         subject.send_out()?;
-        for (turn, step) in (0..).zip(steps) {
+        for (turn, step) in (0..).zip(FAULTED) {
             if turn > 0 && !large {
                 subject = Subject::new(session, memory, rng)?;
                 subject.send_out()?;
             }
-            let orders: Vec<Vec<usize>> = subject
-                .parts()
-                .map(|part| {
-                    let skipped = if turn > 0 && large { limit } else { 0 };
-                    let mut pages: Vec<usize> = part.pages.skip(skipped).collect();
-                    if step == Step::RandomFaults {
-                        rng.shuffle(&mut pages);
-                    }
-                    pages.truncate(limit);
-                    pages
-                })
-                .collect();
-            times[turn] += subject.together(|thread| {
-                orders[thread].iter().for_each(|&page| subject.touch(page));
-                Ok(())
-            })?;
-            let touched = orders.concat();
-            counts[turn] += touched.len();
-            for page in touched {
-                subject.check(page)?;
-            }
+            let skipped = if turn > 0 && large {
+                subject.fault_limit()
+            } else {
+                0
+            };
+            let among = |part: Part| part.pages.start + skipped..part.pages.end;
+            let (time, count) = subject.read(step, among, rng)?;
+            times[turn] += time;
+            counts[turn] += count;
         }
     }
-    let sample = |turn: usize| (steps[turn], Sample::of(times[turn], counts[turn]));
-    Ok([sample(0), sample(1)])
+    let sample = |(turn, step)| (step, Sample::of(times[turn], counts[turn]));
+    Ok((0..).zip(FAULTED).map(sample).collect())
 }
 
 fn isolated(session: &dyn Session, memory: Memory, rng: &mut Rng) -> Result<Sample, Failure> {
@@ -251,10 +282,10 @@ impl<'a> Subject<'a> {
     /// Calls for every part until all its pages have moved, and returns the time of the calls.
     fn until(
         &self,
+        parts: &[Part],
         moved: impl Fn(pagemap::Entry) -> bool,
         call: impl Fn(&Part) -> Result<(), Failure> + Sync,
     ) -> Result<Duration, Failure> {
-        let parts: Vec<Part> = self.parts().collect();
         let mut left = vec![true; parts.len()];
         let mut time = Duration::ZERO;
         for _ in 0..CALLS {
@@ -262,7 +293,7 @@ impl<'a> Subject<'a> {
                 true => call(&parts[thread]),
                 false => Ok(()),
             })?;
-            for (left, part) in left.iter_mut().zip(&parts) {
+            for (left, part) in left.iter_mut().zip(parts) {
                 let entries = pagemap::entries(part.addresses.clone())?;
                 *left = !entries.into_iter().all(&moved);
             }
@@ -276,11 +307,14 @@ impl<'a> Subject<'a> {
     }
 
     fn go_out(&self) -> Result<Duration, Failure> {
-        self.until(pagemap::Entry::swap, |part| self.session.out(part))
+        let all: Vec<Part> = self.parts().collect();
+        self.until(&all, pagemap::Entry::swap, |part| self.session.out(part))
     }
 
-    fn come_back(&self) -> Result<Duration, Failure> {
-        self.until(pagemap::Entry::present, |part| self.session.back(part))
+    fn come_back(&self, parts: &[Part]) -> Result<Duration, Failure> {
+        self.until(parts, pagemap::Entry::present, |part| {
+            self.session.back(part)
+        })
     }
 
     /// Sends all out without a look at the time.
@@ -292,6 +326,39 @@ impl<'a> Subject<'a> {
     fn besides(&self) -> Result<Duration, Failure> {
         let parts: Vec<Part> = self.parts().collect();
         self.together(|thread| self.session.besides(&parts[thread]))
+    }
+
+    /// How many pages each thread reads at most when faults are measured.
+    fn fault_limit(&self) -> usize {
+        FAULTS / self.memory.threads
+    }
+
+    /// Has each thread read pages of its part that are `among` these, in order or not, and
+    /// looks at them afterwards. Returns the time, and how many they were.
+    fn read(
+        &self,
+        step: Step,
+        among: impl Fn(Part) -> Range<usize>,
+        rng: &mut Rng,
+    ) -> Result<(Duration, usize), Failure> {
+        let orders: Vec<Vec<usize>> = self
+            .parts()
+            .map(|part| {
+                let mut pages: Vec<usize> = among(part).collect();
+                if step == Step::RandomFaults {
+                    rng.shuffle(&mut pages);
+                }
+                pages.truncate(self.fault_limit());
+                pages
+            })
+            .collect();
+        let time = self.together(|thread| {
+            orders[thread].iter().for_each(|&page| self.touch(page));
+            Ok(())
+        })?;
+        let pages = orders.concat();
+        pages.iter().try_for_each(|&page| self.check(page))?;
+        Ok((time, pages.len()))
     }
 
     fn touch(&self, page: usize) {

@@ -139,17 +139,6 @@ pub struct Work {
     pub step: Step,
 }
 
-/// Why a work that takes long is not measured.
-pub const LEFT_OUT: &str = "left out for the time it takes, unless --only names it, as by 256M";
-
-impl Work {
-    /// Whether it is left out unless it is asked for by its name. Smaller memory shows the same.
-    #[must_use]
-    pub fn takes_long(self) -> bool {
-        self.memory.bytes > ISOLATED && !self.step.is_transfer()
-    }
-}
-
 impl fmt::Display for Work {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-{}", self.memory, self.step)
@@ -213,17 +202,6 @@ mod tests {
         let two = works(&["256M-thp-4t-back", "2M-4k-1t-random"]).unwrap();
         assert_eq!(two.len(), 2);
         assert!(works(&["back", "nonesuch"]).is_err());
-    }
-
-    #[test]
-    fn the_faults_of_the_largest_memory_take_long() {
-        let long: Vec<_> = all().filter(|work| work.takes_long()).collect();
-        assert!(long.iter().all(|work| work.memory.bytes == 256 << 20));
-        let name = |work: &Work| work.to_string();
-        let names: Vec<_> = long.iter().map(name).collect();
-        assert!(names.contains(&"256M-4k-4t-sequential-faults".to_owned()));
-        assert!(names.contains(&"256M-thp-1t-random-faults".to_owned()));
-        assert!(!names.contains(&"256M-4k-4t-back".to_owned()));
     }
 
     #[test]
