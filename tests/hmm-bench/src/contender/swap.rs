@@ -5,18 +5,19 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hmm_stress::failure::Failure;
 use virtio_hmm_client::PAGE_SIZE;
 
 use super::{Part, Session};
+use crate::measure::drain;
 
 /// Has the kernel reclaim memory.
 const RECLAIM: &str = "/sys/fs/cgroup/memory.reclaim";
 
-/// How often the kernel is asked to forget what may still be on its way to the disk.
-const TRIES: u32 = 500;
+/// For how long the kernel is asked to forget what is still in RAM.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(super) struct Swap(CString);
 
@@ -54,6 +55,17 @@ fn advise(part: &Part, advice: libc::c_int) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Pages that are on their way to a disk.
+fn being_written() -> Result<u64, Failure> {
+    let text = fs::read_to_string("/proc/vmstat").map_err(|source| Failure::System {
+        call: "reading /proc/vmstat",
+        source,
+    })?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("nr_writeback ")?.parse().ok())
+        .ok_or_else(|| Failure::Broken("/proc/vmstat tells nothing about writeback".into()))
+}
+
 /// Pages of the part that are in RAM, mapped or not.
 fn in_ram(part: &Part) -> Result<usize, Failure> {
     let (start, length) = (part.addresses.start, part.addresses.len());
@@ -73,16 +85,22 @@ impl Session for Swap {
 
     /// What has been written to the disk stays in RAM as well, as long as there is room.
     fn settle(&self, part: &Part) -> Result<(), Failure> {
-        for _ in 0..TRIES {
-            let pages = in_ram(part)?;
-            if pages == 0 {
-                return Ok(());
+        // Reclaim is slow with pages that are still being written.
+        let begun = Instant::now();
+        let mut left = in_ram(part)?;
+        while left > 0 {
+            if begun.elapsed() > PATIENCE {
+                return Err(Failure::Broken("pages stay in the swap cache".into()));
             }
-            // It says so when it reclaims less than this.
-            let _ = fs::write(RECLAIM, format!("{} swappiness=max", pages * PAGE_SIZE));
+            if being_written()? == 0 {
+                drain()?;
+                // It says so when it reclaims less than this.
+                let _ = fs::write(RECLAIM, format!("{} swappiness=max", left * PAGE_SIZE));
+            }
             thread::sleep(Duration::from_millis(1));
+            left = in_ram(part)?;
         }
-        Err(Failure::Broken("pages stay in the swap cache".into()))
+        Ok(())
     }
 
     /// The kernel reads all of it ahead, and then maps it.
