@@ -8,6 +8,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
+use hmm_conformance::driver::COPY;
 use hmm_e2e::{Failure, Result, Running, ask, check, device_memory, skippable_trial, trial, vm};
 use hmm_vm::paths::Cache;
 use libtest_mimic::Arguments;
@@ -15,9 +16,6 @@ use serde_json::{Value, json};
 
 /// Most that a run may use of device memory and of the daemon's own, of 18 GiB that there are.
 const USED: u64 = 2 << 30;
-
-/// Before it are the control queue and the event queue.
-const FIRST_COPY_QUEUE: usize = 2;
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -66,12 +64,13 @@ fn unused_queues(run: &Running) -> Result<Vec<usize>> {
     let reply = ask(control, &json!({ "command": "statistics" }))?;
     let queues = reply.pointer("/queues").and_then(Value::as_array);
     let queues = queues.ok_or_else(|| Failure(reply.to_string()))?;
-    check(queues.len() == FIRST_COPY_QUEUE + 16, || reply.to_string())?;
+    let first = usize::from(COPY);
+    check(queues.len() == first + 16, || reply.to_string())?;
     let used = |queue: &Value| {
         let operations = queue.pointer("/operations").and_then(Value::as_object);
         operations.is_some_and(|operations| !operations.is_empty())
     };
-    let copy_queues = queues.iter().enumerate().skip(FIRST_COPY_QUEUE);
+    let copy_queues = queues.iter().enumerate().skip(first);
     let unused = copy_queues.filter(|(_, queue)| !used(queue));
     Ok(unused.map(|(number, _)| number).collect())
 }

@@ -38,8 +38,7 @@ const ENOUGH: usize = 512 << 10;
 /// Calls after which all pages have to have moved. Migration and reclaim are best effort.
 const CALLS: u32 = 50;
 
-/// Steps that move all pages, and those in which pages fault.
-const TRANSFERS: [Step; 3] = [Step::ToDevice, Step::ToDeviceNet, Step::Back];
+/// Steps in which pages fault one after the other.
 const FAULTED: [Step; 2] = [Step::SequentialFaults, Step::RandomFaults];
 
 /// What was measured of one work in one round.
@@ -75,9 +74,9 @@ pub fn measure(
     steps: &[Step],
     rng: &mut Rng,
 ) -> Result<Vec<(Step, Sample)>, Failure> {
-    let wanted = |some: &[Step]| some.iter().any(|step| steps.contains(step));
     let mut samples = Vec::new();
-    let (transferred, faulted) = (wanted(&TRANSFERS), wanted(&FAULTED));
+    let transferred = steps.iter().any(|step| step.is_transfer());
+    let faulted = steps.iter().any(|step| FAULTED.contains(step));
     let roomy = memory.page_count() >= ROOMY;
     if roomy && (transferred || faulted) {
         samples.extend(transfers_and_faults(session, memory, rng)?);
@@ -88,7 +87,7 @@ pub fn measure(
     if !roomy && faulted {
         samples.extend(faults(session, memory, rng)?);
     }
-    if wanted(&[Step::IsolatedFault]) {
+    if steps.contains(&Step::IsolatedFault) {
         let sample = isolated(session, memory, rng)?;
         samples.push((Step::IsolatedFault, sample));
     }
