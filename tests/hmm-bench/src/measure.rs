@@ -20,20 +20,28 @@ use crate::contents;
 use crate::work::{Memory, Pages, Step};
 
 /// Pages that are read when faults are measured, at most.
-pub const FAULTS: usize = 2048;
+pub const FAULTS: usize = 1024;
 
 /// Memory of so many pages goes out once in a round, for all works together.
-const ROOMY: usize = 32 * FAULTS;
+const ROOMY: usize = 16 * FAULTS;
 
-/// Pages between isolated faults: neither what the kernel reads ahead nor a huge page comes
-/// near the next.
-const APART: usize = PMD_PAGES;
+/// Isolated faults of one round.
+const ISOLATED: usize = 32;
+
+/// Pages between isolated faults: what the kernel reads ahead does not come near the next, nor
+/// does a huge page.
+const fn apart(pages: Pages) -> usize {
+    match pages {
+        Pages::Small => PMD_PAGES / 4,
+        Pages::Huge => PMD_PAGES,
+    }
+}
 
 /// Pause before an isolated fault, in which everything that polls goes to sleep.
 pub const PAUSE: Duration = Duration::from_millis(15);
 
 /// Memory that is worked on in one round, at least: smaller memory is worked on again.
-const ENOUGH: usize = 512 << 10;
+const ENOUGH: usize = 256 << 10;
 
 /// Calls after which all pages have to have moved. Migration and reclaim are best effort.
 const CALLS: u32 = 50;
@@ -105,11 +113,11 @@ fn transfers(
     for _ in 0..turns {
         let subject = Subject::new(session, memory, rng)?;
         let all: Vec<Part> = subject.parts().collect();
-        out += subject.go_out()?;
-        besides += subject.besides()?;
-        session.settle(&subject.part(0..memory.page_count()))?;
+        let took = subject.send_out()?;
+        out += took.0;
+        besides += took.1;
         back += subject.come_back(&all)?;
-        subject.check_all()?;
+        subject.check()?;
     }
     let pages = turns * memory.page_count();
     let mut samples = sent(out, besides, pages);
@@ -136,9 +144,7 @@ fn transfers_and_faults(
 ) -> Result<Vec<(Step, Sample)>, Failure> {
     let subject = Subject::new(session, memory, rng)?;
     let middle = |part: &Part| part.pages.start + part.pages.len() / 2;
-    let out = subject.go_out()?;
-    let besides = subject.besides()?;
-    session.settle(&subject.part(0..memory.page_count()))?;
+    let (out, besides) = subject.send_out()?;
     let mut samples = sent(out, besides, memory.page_count());
     for (step, skipped) in FAULTED.into_iter().zip([0, subject.fault_limit()]) {
         let among = |part: Part| part.pages.start + skipped..middle(&part);
@@ -152,48 +158,42 @@ fn transfers_and_faults(
     let back = subject.come_back(&rest)?;
     let pages = rest.iter().map(|part| part.pages.len()).sum();
     samples.push((Step::Back, Sample::of(back, pages)));
-    // What is left of the first halves, quicker than by faults.
-    subject.come_back(&subject.parts().collect::<Vec<_>>())?;
-    subject.check_all()?;
+    subject.check()?;
     Ok(samples)
 }
 
-/// Reads the first pages of each thread's part in order, and then others of it in random
-/// order. Of small memory that is all of it each time, which goes out in between.
+/// Reads all pages, in order and then in random order; they go out before each.
 fn faults(
     session: &dyn Session,
     memory: Memory,
     rng: &mut Rng,
 ) -> Result<Vec<(Step, Sample)>, Failure> {
-    let large = memory.page_count() > 2 * FAULTS;
     let turns = (ENOUGH / memory.bytes).max(1);
-    let (mut times, mut counts) = ([Duration::ZERO; 2], [0; 2]);
-    for _ in 0..turns {
-        let mut subject = Subject::new(session, memory, rng)?;
-        subject.send_out()?;
-        for (turn, step) in (0..).zip(FAULTED) {
-            if turn > 0 && !large {
-                subject = Subject::new(session, memory, rng)?;
-                subject.send_out()?;
-            }
-            let skipped = if turn > 0 && large {
-                subject.fault_limit()
-            } else {
-                0
-            };
-            let among = |part: Part| part.pages.start + skipped..part.pages.end;
-            let (time, count) = subject.read(step, among, rng)?;
-            times[turn] += time;
-            counts[turn] += count;
+    let mut samples = Vec::new();
+    for step in FAULTED {
+        let (mut times, mut counts) = (Duration::ZERO, 0);
+        for _ in 0..turns {
+            let subject = Subject::new(session, memory, rng)?;
+            subject.send_out()?;
+            let (time, count) = subject.read(step, |part| part.pages, rng)?;
+            subject.check()?;
+            times += time;
+            counts += count;
         }
+        samples.push((step, Sample::of(times, counts)));
     }
-    let sample = |(turn, step)| (step, Sample::of(times[turn], counts[turn]));
-    Ok((0..).zip(FAULTED).map(sample).collect())
+    Ok(samples)
 }
 
 fn isolated(session: &dyn Session, memory: Memory, rng: &mut Rng) -> Result<Sample, Failure> {
+    let apart = apart(memory.pages);
+    // No more than these need.
+    let memory = Memory {
+        bytes: ISOLATED * apart * PAGE_SIZE,
+        ..memory
+    };
     let subject = Subject::new(session, memory, rng)?;
-    let mut pages: Vec<usize> = (0..memory.page_count()).step_by(APART).collect();
+    let mut pages: Vec<usize> = (0..memory.page_count()).step_by(apart).collect();
     rng.shuffle(&mut pages);
     subject.send_out()?;
     let mut page_ns = Vec::new();
@@ -203,9 +203,7 @@ fn isolated(session: &dyn Session, memory: Memory, rng: &mut Rng) -> Result<Samp
         subject.touch(page);
         page_ns.push(start.elapsed().as_nanos() as f64);
     }
-    for page in pages {
-        subject.check(page)?;
-    }
+    subject.check()?;
     Ok(Sample { page_ns })
 }
 
@@ -318,10 +316,13 @@ impl<'a> Subject<'a> {
         })
     }
 
-    /// Sends all out without a look at the time.
-    fn send_out(&self) -> Result<(), Failure> {
-        self.go_out()?;
-        self.session.settle(&self.part(0..self.memory.page_count()))
+    /// Sends all out. The times are that of it, and that of what it does besides.
+    fn send_out(&self) -> Result<(Duration, Duration), Failure> {
+        let out = self.go_out()?;
+        let besides = self.besides()?;
+        self.session
+            .settle(&self.part(0..self.memory.page_count()))?;
+        Ok((out, besides))
     }
 
     fn besides(&self) -> Result<Duration, Failure> {
@@ -334,8 +335,8 @@ impl<'a> Subject<'a> {
         FAULTS / self.memory.threads
     }
 
-    /// Has each thread read pages of its part that are `among` these, in order or not, and
-    /// looks at them afterwards. Returns the time, and how many they were.
+    /// Has each thread read pages of its part that are `among` these, in order or not. Returns
+    /// the time, and how many they were.
     fn read(
         &self,
         step: Step,
@@ -357,26 +358,24 @@ impl<'a> Subject<'a> {
             orders[thread].iter().for_each(|&page| self.touch(page));
             Ok(())
         })?;
-        let pages = orders.concat();
-        pages.iter().try_for_each(|&page| self.check(page))?;
-        Ok((time, pages.len()))
+        Ok((time, orders.iter().map(Vec::len).sum()))
     }
 
     fn touch(&self, page: usize) {
         black_box(self.region.words(page)[0].load(Ordering::Relaxed));
     }
 
-    fn check(&self, page: usize) -> Result<(), Failure> {
-        require!(
-            contents::holds(&self.region, page, self.generation),
-            "page {page} of {} does not hold what was written",
-            self.memory
-        );
-        Ok(())
-    }
-
-    fn check_all(&self) -> Result<(), Failure> {
-        self.for_all(|page| self.check(page))
+    /// Looks at all that has come back.
+    fn check(&self) -> Result<(), Failure> {
+        let entries = pagemap::entries(self.region.range(0..self.memory.page_count()))?;
+        self.for_all(|page| {
+            require!(
+                !entries[page].present() || contents::holds(&self.region, page, self.generation),
+                "page {page} of {} does not hold what was written",
+                self.memory
+            );
+            Ok(())
+        })
     }
 
     /// Deals with all pages, each in the thread that they are measured in: where no other CPU
