@@ -26,7 +26,7 @@ pub const FAULTS: usize = 1024;
 const ROOMY: usize = 16 * FAULTS;
 
 /// Isolated faults of one round.
-const ISOLATED: usize = 32;
+const ISOLATED: usize = 20;
 
 /// Pages between isolated faults: what the kernel reads ahead does not come near the next, nor
 /// does a huge page.
