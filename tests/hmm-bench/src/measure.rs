@@ -26,7 +26,7 @@ pub const FAULTS: usize = 1024;
 const ROOMY: usize = 16 * FAULTS;
 
 /// Isolated faults of one round.
-const ISOLATED: usize = 20;
+const ISOLATED_FAULTS: usize = 20;
 
 /// Pages between isolated faults: what the kernel reads ahead does not come near the next, nor
 /// does a huge page.
@@ -113,9 +113,8 @@ fn transfers(
     for _ in 0..turns {
         let subject = Subject::new(session, memory, rng)?;
         let all: Vec<Part> = subject.parts().collect();
-        let took = subject.send_out()?;
-        out += took.0;
-        besides += took.1;
+        out += subject.send_out()?;
+        besides += subject.besides()?;
         back += subject.come_back(&all)?;
         subject.check()?;
     }
@@ -144,7 +143,8 @@ fn transfers_and_faults(
 ) -> Result<Vec<(Step, Sample)>, Failure> {
     let subject = Subject::new(session, memory, rng)?;
     let middle = |part: &Part| part.pages.start + part.pages.len() / 2;
-    let (out, besides) = subject.send_out()?;
+    let out = subject.send_out()?;
+    let besides = subject.besides()?;
     let mut samples = sent(out, besides, memory.page_count());
     for (step, skipped) in FAULTED.into_iter().zip([0, subject.fault_limit()]) {
         let among = |part: Part| part.pages.start + skipped..middle(&part);
@@ -189,7 +189,7 @@ fn isolated(session: &dyn Session, memory: Memory, rng: &mut Rng) -> Result<Samp
     let apart = apart(memory.pages);
     // No more than these need.
     let memory = Memory {
-        bytes: ISOLATED * apart * PAGE_SIZE,
+        bytes: ISOLATED_FAULTS * apart * PAGE_SIZE,
         ..memory
     };
     let subject = Subject::new(session, memory, rng)?;
@@ -305,24 +305,19 @@ impl<'a> Subject<'a> {
         )))
     }
 
-    fn go_out(&self) -> Result<Duration, Failure> {
-        let all: Vec<Part> = self.parts().collect();
-        self.until(&all, pagemap::Entry::swap, |part| self.session.out(part))
-    }
-
     fn come_back(&self, parts: &[Part]) -> Result<Duration, Failure> {
         self.until(parts, pagemap::Entry::present, |part| {
             self.session.back(part)
         })
     }
 
-    /// Sends all out. The times are that of it, and that of what it does besides.
-    fn send_out(&self) -> Result<(Duration, Duration), Failure> {
-        let out = self.go_out()?;
-        let besides = self.besides()?;
+    /// Sends all out, and returns the time that it took.
+    fn send_out(&self) -> Result<Duration, Failure> {
+        let all: Vec<Part> = self.parts().collect();
+        let out = self.until(&all, pagemap::Entry::swap, |part| self.session.out(part))?;
         self.session
             .settle(&self.part(0..self.memory.page_count()))?;
-        Ok((out, besides))
+        Ok(out)
     }
 
     fn besides(&self) -> Result<Duration, Failure> {
@@ -365,12 +360,12 @@ impl<'a> Subject<'a> {
         black_box(self.region.words(page)[0].load(Ordering::Relaxed));
     }
 
-    /// Looks at all that has come back.
+    /// Looks at all that is not out, so that pages that are nowhere are noticed.
     fn check(&self) -> Result<(), Failure> {
         let entries = pagemap::entries(self.region.range(0..self.memory.page_count()))?;
         self.for_all(|page| {
             require!(
-                !entries[page].present() || contents::holds(&self.region, page, self.generation),
+                entries[page].swap() || contents::holds(&self.region, page, self.generation),
                 "page {page} of {} does not hold what was written",
                 self.memory
             );

@@ -89,7 +89,6 @@ impl Session for Swap {
         // Reclaim is slow with pages that are still being written.
         let begun = Instant::now();
         let mut left = in_ram(part)?;
-        let mut wanted = left;
         while left > part.pages.len() / 100 {
             if begun.elapsed() > PATIENCE {
                 return Err(Failure::Broken("pages stay in the swap cache".into()));
@@ -97,9 +96,7 @@ impl Session for Swap {
             if being_written()? == 0 {
                 drain()?;
                 // It says so when it reclaims less than this.
-                let _ = fs::write(RECLAIM, format!("{} swappiness=max", wanted * PAGE_SIZE));
-                // It may have taken other pages than those.
-                wanted = (2 * wanted).min(part.pages.len());
+                let _ = fs::write(RECLAIM, format!("{} swappiness=max", left * PAGE_SIZE));
             }
             thread::sleep(Duration::from_millis(1));
             left = in_ram(part)?;
