@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 /// a device that is not used takes no time of its host.
 const WINDOW: Duration = Duration::from_millis(1);
 
-/// A yield that takes longer has given the CPU to something that wanted it. To get it
-/// back takes a slice of the scheduler, some milliseconds, whereas a worker that
-/// sleeps is woken at once.
-const LOST: Duration = Duration::from_micros(100);
+/// A yield that takes longer has given the CPU to something that wants it for good. To
+/// get it back takes a slice of the scheduler, some milliseconds, whereas a worker that
+/// sleeps is woken at once. What takes less is brief, as the timer tick of a vCPU.
+const LOST: Duration = Duration::from_micros(500);
 
 /// For how long there is no polling after such a yield: doubles with each, from the
 /// one to the other.
