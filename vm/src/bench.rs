@@ -40,6 +40,9 @@ for module in virtio_blk lz4hc_compress zram test_hmm; do
     [ ! -e $module.ko ] || insmod $module.ko || exit 91
 done
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
+echo +memory > /sys/fs/cgroup/cgroup.subtree_control
+mkdir /sys/fs/cgroup/hmm-bench
+echo $$ > /sys/fs/cgroup/hmm-bench/cgroup.procs
 [ ! -e /sys/block/zram0 ] || echo 512M > /sys/block/zram0/disksize
 for disk in /dev/vda /dev/zram0; do
     [ ! -e $disk ] || mkswap $disk >/dev/null || exit 92

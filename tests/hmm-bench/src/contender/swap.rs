@@ -13,8 +13,8 @@ use virtio_hmm_client::PAGE_SIZE;
 use super::{Part, Session};
 use crate::measure::drain;
 
-/// Has the kernel reclaim memory.
-const RECLAIM: &str = "/sys/fs/cgroup/memory.reclaim";
+/// Has the kernel reclaim memory, of this program alone.
+const RECLAIM: &str = "/sys/fs/cgroup/hmm-bench/memory.reclaim";
 
 /// For how long the kernel is asked to forget what is still in RAM.
 const PATIENCE: Duration = Duration::from_secs(20);
