@@ -97,12 +97,15 @@ impl Machine<'_> {
         let (cpus, nodes) = (profile.cpus, profile.nodes);
         option("-smp", &format!("{cpus},sockets={nodes}"));
         let size = Size(profile.memory.0 / u64::from(nodes));
+        let prealloc = if profile.prefault { "on" } else { "off" };
         for node in 0..nodes {
             let (first, last) = (node * cpus / nodes, (node + 1) * cpus / nodes - 1);
             // vhost-user shares the guest's RAM with the daemon.
             option(
                 "-object",
-                &format!("memory-backend-memfd,id=ram{node},share=on,size={size}"),
+                &format!(
+                    "memory-backend-memfd,id=ram{node},share=on,size={size},prealloc={prealloc}"
+                ),
             );
             option(
                 "-numa",

@@ -50,6 +50,9 @@ pub struct Profile {
     pub cpus: u32,
     /// Guest RAM.
     pub memory: Size,
+    /// Whether the guest's RAM is allocated at the start.
+    #[serde(default)]
+    pub prefault: bool,
     /// NUMA nodes, each with its share of CPUs and memory.
     #[serde(default = "one")]
     pub nodes: u32,
