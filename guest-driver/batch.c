@@ -61,6 +61,57 @@ void vhmm_batch_free(struct vhmm_batch *b)
 	kvfree(b);
 }
 
+/* Whether it is not up to the kernel which node's RAM a mapping gets. */
+static bool vhmm_has_policy(const struct vm_area_struct *vma)
+{
+#ifdef CONFIG_NUMA
+	return vma->vm_policy || current->mempolicy ||
+	       (vma->vm_ops && vma->vm_ops->get_policy);
+#else
+	return false;
+#endif
+}
+
+/**
+ * vhmm_alloc_ram_bulk() - allocate pages of RAM for a mapping at once
+ * @vma: the mapping
+ * @gfp: how
+ * @pages: where to put them, with NULL behind where there are fewer
+ * @nr: how many are wanted
+ *
+ * But for clearing them, this takes half as long as one after the other.
+ * No memory policy is looked at, so that where there is one there are none.
+ */
+void vhmm_alloc_ram_bulk(const struct vm_area_struct *vma, gfp_t gfp,
+			 struct page **pages, unsigned long nr)
+{
+	memset(pages, 0, nr * sizeof(*pages));
+	if (!vhmm_has_policy(vma))
+		alloc_pages_bulk(gfp, nr, pages);
+}
+
+/**
+ * vhmm_take_ram() - give a page of a mapping a page of RAM to come home to
+ * @args: the migration
+ * @i: the page
+ * @gfp: how to allocate one
+ * @page: one of vhmm_alloc_ram_bulk(), or NULL there
+ *
+ * Return: the destination entry, 0 without memory.
+ */
+unsigned long vhmm_take_ram(const struct migrate_vma *args, unsigned long i,
+			    gfp_t gfp, struct page *page)
+{
+	struct folio *folio;
+
+	if (page)
+		folio = page_folio(page);
+	else
+		folio = vma_alloc_folio(gfp, 0, args->vma,
+					args->start + i * PAGE_SIZE);
+	return folio ? vhmm_ram_destination(folio) : 0;
+}
+
 /**
  * vhmm_drop_destination() - leave a page where it is after all
  * @dst: destination entries

@@ -125,6 +125,10 @@ struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
 				    enum vhmm_trigger trigger, unsigned int max);
 void vhmm_batch_free(struct vhmm_batch *b);
 
+void vhmm_alloc_ram_bulk(const struct vm_area_struct *vma, gfp_t gfp,
+			 struct page **pages, unsigned long nr);
+unsigned long vhmm_take_ram(const struct migrate_vma *args, unsigned long i,
+			    gfp_t gfp, struct page *page);
 void vhmm_drop_destination(unsigned long *dst, unsigned long i);
 unsigned long vhmm_count_moved(const unsigned long *src,
 			       const unsigned long *dst, unsigned long nr);

@@ -138,6 +138,11 @@ static inline void vhmm_driver_shutdown(struct device *dev)
 #define VHMM_RESET_CALLBACKS
 #endif
 
+/* 6.14: pages that are allocated at once always go to an array. */
+#if VHMM_KERNEL_BEFORE(6, 14)
+#define alloc_pages_bulk(gfp, nr, pages) alloc_pages_bulk_array(gfp, nr, pages)
+#endif
+
 /* 6.13: it no longer asks whether the page is huge, which the order tells. */
 #if VHMM_KERNEL_BEFORE(6, 13)
 static inline struct folio *vhmm_vma_alloc_folio(gfp_t gfp, int order,

@@ -17,80 +17,93 @@
 /* A frame whose copy fails while the device works is asked for so often. */
 #define VHMM_FAULT_COPIES	3
 
-/*
- * The page that was touched is worth reclaim and compaction. A large folio
- * cannot be split here: the fault holds a reference of its own on it.
- */
-static gfp_t vhmm_fault_gfp(bool large, bool touched)
+/* What was touched is worth reclaim and compaction; what is near it is not. */
+#define VHMM_FAULT_AROUND_GFP	(GFP_HIGHUSER_MOVABLE | \
+				 __GFP_NORETRY | __GFP_NOWARN)
+
+/* A large folio cannot be split here: the fault holds a reference on it. */
+static unsigned long vhmm_fault_take_ram(const struct migrate_vma *args)
 {
-	if (large)
-		return GFP_TRANSHUGE;
-	return GFP_HIGHUSER_MOVABLE |
-	       (touched ? 0 : __GFP_NORETRY | __GFP_NOWARN);
+	struct folio *folio;
+
+	if (!vhmm_is_large(args->src))
+		return vhmm_take_ram(args, 0, GFP_HIGHUSER_MOVABLE, NULL);
+	folio = vma_alloc_folio(GFP_TRANSHUGE, HPAGE_PMD_ORDER, args->vma,
+				args->start);
+	return folio ? vhmm_ram_destination(folio) : 0;
 }
 
 /*
- * Give page @i a page of RAM to come home to. Above the touched page there can
- * be pages of other devices as well, and holes: they stay as they are.
+ * Above the touched page there can be pages of other devices as well, and
+ * holes: they stay as they are.
  */
-static bool vhmm_fault_alloc(struct vhmm_device *dev, struct migrate_vma *args,
-			     unsigned long i, bool touched)
+static bool vhmm_fault_wanted(struct vhmm_device *dev,
+			      const struct migrate_vma *args, unsigned long i)
 {
-	bool large = vhmm_is_large(args->src);
 	unsigned long src = args->src[i];
-	struct folio *folio;
 
-	if (!(src & MIGRATE_PFN_VALID) || !(src & MIGRATE_PFN_MIGRATE) ||
-	    !vhmm_pfn_is_ours(dev, page_to_pfn(migrate_pfn_to_page(src))))
-		return true;
-	folio = vma_alloc_folio(vhmm_fault_gfp(large, touched),
-				large ? HPAGE_PMD_ORDER : 0, args->vma,
-				args->start + i * PAGE_SIZE);
-	if (!folio)
-		return false;
-	args->dst[i] = vhmm_ram_destination(folio);
-	return true;
+	return src & MIGRATE_PFN_VALID && src & MIGRATE_PFN_MIGRATE &&
+	       vhmm_pfn_is_ours(dev, page_to_pfn(migrate_pfn_to_page(src)));
+}
+
+/* Give pages of RAM to those above the touched one, as far as there are any. */
+static void vhmm_fault_around_alloc(struct vhmm_batch *b,
+				    const struct migrate_vma *args)
+{
+	unsigned long i, wanted = 0;
+	struct page **page = b->pages;
+
+	for (i = 1; i < args->npages; i++)
+		wanted += vhmm_fault_wanted(b->dev, args, i);
+	vhmm_alloc_ram_bulk(args->vma, VHMM_FAULT_AROUND_GFP, b->pages, wanted);
+	for (i = 1; i < args->npages; i++) {
+		if (!vhmm_fault_wanted(b->dev, args, i))
+			continue;
+		args->dst[i] = vhmm_take_ram(args, i, VHMM_FAULT_AROUND_GFP,
+					     *page++);
+		if (!args->dst[i])
+			break;
+	}
 }
 
 /* The page that was touched is the first; or all of a large folio was. */
-static vm_fault_t vhmm_fault_copy(struct vhmm_device *dev,
-				  struct migrate_vma *args,
-				  struct vhmm_request *r)
+static vm_fault_t vhmm_fault_copy(struct vhmm_batch *b, struct migrate_vma *args)
 {
 	unsigned long i, nr = vhmm_is_large(args->src) ? 1 : args->npages;
+	struct vhmm_device *dev = b->dev;
 	unsigned int copies = 0;
 
 	do {
 		/* Without memory the kernel may free some and try again. */
-		if (!vhmm_fault_alloc(dev, args, 0, true))
+		args->dst[0] = vhmm_fault_take_ram(args);
+		if (!args->dst[0])
 			return VM_FAULT_OOM;
 		/* Only at first: a page that has failed is asked for alone. */
-		for (i = 1; !copies && i < nr; i++) {
-			if (!vhmm_fault_alloc(dev, args, i, false))
-				break;
-		}
-		vhmm_copy_to_ram(dev, r, args->src, args->dst, args->npages);
+		if (!copies && nr > 1)
+			vhmm_fault_around_alloc(b, args);
+		vhmm_copy_to_ram(dev, b->copy, args->src, args->dst,
+				 args->npages);
 		if (args->dst[0])
 			return 0;
 		for (i = 1; i < nr; i++)
 			vhmm_drop_destination(args->dst, i);
-		vhmm_settle(r, args->src, args->dst);
+		vhmm_settle(b->copy, args->src, args->dst);
 	} while (!vhmm_device_is_broken(dev) && ++copies < VHMM_FAULT_COPIES);
 
 	/* The device has lost the contents: there is nothing to wait for. */
 	return VM_FAULT_SIGBUS;
 }
 
-static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
-				   struct vm_fault *vmf,
-				   struct migrate_vma *args,
-				   unsigned long *seen,
-				   struct vhmm_request *r)
+static vm_fault_t vhmm_fault_range(struct vhmm_batch *b, struct vm_fault *vmf,
+				   struct migrate_vma *args)
 {
+	struct vhmm_device *dev = b->dev;
 	struct vhmm_migration m;
 	unsigned long moved;
 	vm_fault_t ret = 0;
 
+	args->src = b->src;
+	args->dst = b->dst;
 	args->vma = vmf->vma;
 	args->pgmap_owner = dev->memory.pgmap.owner;
 	args->fault_page = vmf->page;
@@ -107,14 +120,14 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 		vhmm_migration_end(&m, 0, 0);
 		return 0;
 	}
-	memcpy(seen, args->src, args->npages * sizeof(*seen));
+	memcpy(b->src_seen, args->src, args->npages * sizeof(*b->src_seen));
 	/*
-	 * Or else somebody is moving the page, or has moved it: return to the
-	 * CPU, which finds it at home or faults again.
+	 * Or else somebody is moving the page, or has moved it, home or to
+	 * another device: return to the CPU, which finds it or faults again.
 	 */
-	if (args->src[0] & MIGRATE_PFN_VALID)
-		ret = vhmm_fault_copy(dev, args, r);
-	vhmm_check_src(dev, args->src, seen, args->npages);
+	if (vhmm_fault_wanted(dev, args, 0))
+		ret = vhmm_fault_copy(b, args);
+	vhmm_check_src(dev, args->src, b->src_seen, args->npages);
 	vhmm_migration_lap(&m, VHMM_COPY);
 
 	migrate_vma_pages(args);
@@ -126,7 +139,8 @@ static vm_fault_t vhmm_fault_range(struct vhmm_device *dev,
 		vhmm_count(dev, VHMM_CPU_FAULTS_RETRIED, 1);
 	migrate_vma_finalize(args);
 	vhmm_migration_lap(&m, VHMM_FINALIZE);
-	vhmm_migration_end(&m, moved, vhmm_settle(r, args->src, args->dst));
+	vhmm_migration_end(&m, moved,
+			   vhmm_settle(b->copy, args->src, args->dst));
 	return ret;
 }
 
@@ -179,9 +193,7 @@ static vm_fault_t vhmm_fault(struct vhmm_device *dev, struct vm_fault *vmf)
 	b = vhmm_batch_alloc(dev, VHMM_CPU_FAULT, nr);
 	if (!b)
 		return VM_FAULT_OOM;
-	args.src = b->src;
-	args.dst = b->dst;
-	ret = vhmm_fault_range(dev, vmf, &args, b->src_seen, b->copy);
+	ret = vhmm_fault_range(b, vmf, &args);
 	vhmm_batch_free(b);
 	if (!large)
 		vhmm_fault_note(stream, vmf->vma->vm_mm, start, nr);

@@ -211,23 +211,15 @@ static struct folio *vhmm_alloc_ram_large(struct vm_area_struct *vma,
 	return vma_alloc_folio(GFP_TRANSHUGE_LIGHT, HPAGE_PMD_ORDER, vma, addr);
 }
 
-static bool vhmm_alloc_ram(struct vhmm_batch *b, struct migrate_vma *args,
-			   unsigned long i, bool large)
+static bool vhmm_take_ram_large(struct vhmm_batch *b, struct migrate_vma *args)
 {
-	struct folio *folio;
+	struct folio *folio = b->ahead ?:
+			      vhmm_alloc_ram_large(args->vma, args->start);
 
-	if (!large) {
-		folio = vma_alloc_folio(GFP_HIGHUSER_MOVABLE, 0, args->vma,
-					args->start + i * PAGE_SIZE);
-	} else if (b->ahead) {
-		folio = b->ahead;
-		b->ahead = NULL;
-	} else {
-		folio = vhmm_alloc_ram_large(args->vma, args->start);
-	}
+	b->ahead = NULL;
 	if (!folio)
 		return false;
-	b->dst[i] = vhmm_ram_destination(folio);
+	b->dst[0] = vhmm_ram_destination(folio);
 	return true;
 }
 
@@ -249,30 +241,38 @@ static void vhmm_alloc_ahead(struct vhmm_batch *b, struct migrate_vma *args)
  * Holes are reported in this direction as well: they stay. So do the pages of
  * other devices.
  */
-static bool vhmm_wanted_home(const struct vhmm_batch *b, unsigned long i)
+static bool vhmm_wanted_home(const struct vhmm_batch *b, const u8 *outcome,
+			     unsigned long i)
 {
 	unsigned long src = vhmm_entry(b->src, i);
 
-	return src & MIGRATE_PFN_MIGRATE && src & MIGRATE_PFN_VALID &&
+	return vhmm_unresolved(outcome[i]) &&
+	       src & MIGRATE_PFN_MIGRATE && src & MIGRATE_PFN_VALID &&
 	       vhmm_pfn_is_ours(b->dev, page_to_pfn(migrate_pfn_to_page(src)));
 }
 
 static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
 				       struct migrate_vma *args, u8 *outcome)
 {
-	unsigned long i;
+	unsigned long i, wanted = 0;
+	struct page **page = b->pages;
 
-	if (vhmm_is_large(b->src) && !vhmm_wanted_home(b, 0))
+	if (vhmm_is_large(b->src) && !vhmm_wanted_home(b, outcome, 0))
 		return;
-	if (vhmm_is_large(b->src) && vhmm_alloc_ram(b, args, 0, true))
+	if (vhmm_is_large(b->src) && vhmm_take_ram_large(b, args))
 		goto copy;
 	if (vhmm_is_large(b->src))
 		vhmm_count(b->dev, VHMM_THP_FALLBACK, 1);
 
+	for (i = 0; i < args->npages; i++)
+		wanted += vhmm_wanted_home(b, outcome, i);
+	vhmm_alloc_ram_bulk(args->vma, GFP_HIGHUSER_MOVABLE, b->pages, wanted);
 	for (i = 0; i < args->npages; i++) {
-		if (!vhmm_wanted_home(b, i) || !vhmm_unresolved(outcome[i]))
+		if (!vhmm_wanted_home(b, outcome, i))
 			continue;
-		if (!vhmm_alloc_ram(b, args, i, false))
+		b->dst[i] = vhmm_take_ram(args, i, GFP_HIGHUSER_MOVABLE,
+					  *page++);
+		if (!b->dst[i])
 			outcome[i] = VHMM_SKIP(NO_MEMORY);
 		/* Without the first, none of a large folio can move. */
 		if (vhmm_is_large(b->src) && !b->dst[0]) {
