@@ -33,6 +33,7 @@ struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
 	memset(b, 0, sizeof(*b));
 	b->dev = dev;
 	b->trigger = trigger;
+	b->max = max;
 	words = (unsigned long *)(b + 1);
 	b->copy = vhmm_request_alloc(dev, max, max, GFP_KERNEL);
 	if (to_device)
@@ -46,7 +47,21 @@ struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
 	b->src_seen = words + 2 * max;
 	b->pages = (struct page **)(words + 3 * max);
 	b->outcome = (u8 *)(words + 4 * max);
+	if (!to_device)
+		memset(b->pages, 0, max * sizeof(*b->pages));
 	return b;
+}
+
+/* Free the pages of RAM that nothing came home to. */
+static void vhmm_free_ram(struct vhmm_batch *b)
+{
+	unsigned int i;
+
+	for (i = 0; i < b->max; i++) {
+		if (b->pages[i])
+			__free_page(b->pages[i]);
+		b->pages[i] = NULL;
+	}
 }
 
 void vhmm_batch_free(struct vhmm_batch *b)
@@ -55,6 +70,8 @@ void vhmm_batch_free(struct vhmm_batch *b)
 		vhmm_batch_free(b->evict);
 	if (b->ahead)
 		folio_put(b->ahead);
+	if (b->pages && !vhmm_to_device(b))
+		vhmm_free_ram(b);
 	kvfree(b->bounce);
 	vhmm_request_free(b->fill);
 	vhmm_request_free(b->copy);
@@ -74,42 +91,51 @@ static bool vhmm_has_policy(const struct vm_area_struct *vma)
 
 /**
  * vhmm_alloc_ram_bulk() - allocate pages of RAM for a mapping at once
+ * @b: the batch, which brings pages home; receives them in @b->pages, from the
+ *	start on and as far as there are any
  * @vma: the mapping
  * @gfp: how
- * @pages: where to put them, with NULL behind where there are fewer
- * @nr: how many are wanted
+ * @nr: how many are wanted, with those that are there already
  *
  * But for clearing them, this takes half as long as one after the other.
  * No memory policy is looked at, so that where there is one there are none.
  */
-void vhmm_alloc_ram_bulk(const struct vm_area_struct *vma, gfp_t gfp,
-			 struct page **pages, unsigned long nr)
+void vhmm_alloc_ram_bulk(struct vhmm_batch *b, const struct vm_area_struct *vma,
+			 gfp_t gfp, unsigned long nr)
 {
-	memset(pages, 0, nr * sizeof(*pages));
-	if (!vhmm_has_policy(vma))
-		alloc_pages_bulk(gfp, nr, pages);
+	if (vhmm_has_policy(vma))
+		vhmm_free_ram(b);
+	else
+		alloc_pages_bulk(gfp, nr, b->pages);
 }
 
 /**
  * vhmm_take_ram() - give a page of a mapping a page of RAM to come home to
+ * @b: the batch
  * @args: the migration
  * @i: the page
  * @gfp: how to allocate one
- * @page: one of vhmm_alloc_ram_bulk(), or NULL there
+ * @nr: the number of pages before this one that were given one
  *
- * Return: the destination entry, 0 without memory.
+ * It is one of vhmm_alloc_ram_bulk(), if there is one.
+ *
+ * Return: true, or false without memory.
  */
-unsigned long vhmm_take_ram(const struct migrate_vma *args, unsigned long i,
-			    gfp_t gfp, struct page *page)
+bool vhmm_take_ram(struct vhmm_batch *b, struct migrate_vma *args,
+		   unsigned long i, gfp_t gfp, unsigned long nr)
 {
 	struct folio *folio;
 
-	if (page)
-		folio = page_folio(page);
+	if (b->pages[nr])
+		folio = page_folio(b->pages[nr]);
 	else
 		folio = vma_alloc_folio(gfp, 0, args->vma,
 					args->start + i * PAGE_SIZE);
-	return folio ? vhmm_ram_destination(folio) : 0;
+	if (!folio)
+		return false;
+	b->pages[nr] = NULL;
+	args->dst[i] = vhmm_ram_destination(folio);
+	return true;
 }
 
 /**

@@ -35,10 +35,12 @@ enum vhmm_outcome {
 /**
  * struct vhmm_batch - working memory of a migration of up to VHMM_BATCH_PAGES
  * @dev: the device
+ * @max: how many entries each of the arrays has
  * @src: as migrate_vma_setup() filled it; ours to read only
  * @dst: the destinations
  * @src_seen: @src as it was after setup
- * @pages: destination pages before they are given to @dst
+ * @pages: destination pages before they are given to @dst; on the way to RAM
+ *	also those for the next window, and NULL where there is none
  * @outcome: for each page, &enum vhmm_outcome
  * @copy: the copy request
  * @fill: the fill request, NULL when the batch only moves pages to RAM
@@ -57,6 +59,7 @@ enum vhmm_outcome {
  */
 struct vhmm_batch {
 	struct vhmm_device *dev;
+	unsigned int max;
 	unsigned long *src;
 	unsigned long *dst;
 	unsigned long *src_seen;
@@ -125,10 +128,10 @@ struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
 				    enum vhmm_trigger trigger, unsigned int max);
 void vhmm_batch_free(struct vhmm_batch *b);
 
-void vhmm_alloc_ram_bulk(const struct vm_area_struct *vma, gfp_t gfp,
-			 struct page **pages, unsigned long nr);
-unsigned long vhmm_take_ram(const struct migrate_vma *args, unsigned long i,
-			    gfp_t gfp, struct page *page);
+void vhmm_alloc_ram_bulk(struct vhmm_batch *b, const struct vm_area_struct *vma,
+			 gfp_t gfp, unsigned long nr);
+bool vhmm_take_ram(struct vhmm_batch *b, struct migrate_vma *args,
+		   unsigned long i, gfp_t gfp, unsigned long nr);
 void vhmm_drop_destination(unsigned long *dst, unsigned long i);
 unsigned long vhmm_count_moved(const unsigned long *src,
 			       const unsigned long *dst, unsigned long nr);

@@ -22,15 +22,18 @@
 				 __GFP_NORETRY | __GFP_NOWARN)
 
 /* A large folio cannot be split here: the fault holds a reference on it. */
-static unsigned long vhmm_fault_take_ram(const struct migrate_vma *args)
+static bool vhmm_fault_take_ram(struct vhmm_batch *b, struct migrate_vma *args)
 {
 	struct folio *folio;
 
 	if (!vhmm_is_large(args->src))
-		return vhmm_take_ram(args, 0, GFP_HIGHUSER_MOVABLE, NULL);
+		return vhmm_take_ram(b, args, 0, GFP_HIGHUSER_MOVABLE, 0);
 	folio = vma_alloc_folio(GFP_TRANSHUGE, HPAGE_PMD_ORDER, args->vma,
 				args->start);
-	return folio ? vhmm_ram_destination(folio) : 0;
+	if (!folio)
+		return false;
+	args->dst[0] = vhmm_ram_destination(folio);
+	return true;
 }
 
 /*
@@ -48,20 +51,17 @@ static bool vhmm_fault_wanted(struct vhmm_device *dev,
 
 /* Give pages of RAM to those above the touched one, as far as there are any. */
 static void vhmm_fault_around_alloc(struct vhmm_batch *b,
-				    const struct migrate_vma *args)
+				    struct migrate_vma *args)
 {
-	unsigned long i, wanted = 0;
-	struct page **page = b->pages;
+	unsigned long i, wanted = 0, taken = 0;
 
 	for (i = 1; i < args->npages; i++)
 		wanted += vhmm_fault_wanted(b->dev, args, i);
-	vhmm_alloc_ram_bulk(args->vma, VHMM_FAULT_AROUND_GFP, b->pages, wanted);
+	vhmm_alloc_ram_bulk(b, args->vma, VHMM_FAULT_AROUND_GFP, wanted);
 	for (i = 1; i < args->npages; i++) {
 		if (!vhmm_fault_wanted(b->dev, args, i))
 			continue;
-		args->dst[i] = vhmm_take_ram(args, i, VHMM_FAULT_AROUND_GFP,
-					     *page++);
-		if (!args->dst[i])
+		if (!vhmm_take_ram(b, args, i, VHMM_FAULT_AROUND_GFP, taken++))
 			break;
 	}
 }
@@ -75,8 +75,7 @@ static vm_fault_t vhmm_fault_copy(struct vhmm_batch *b, struct migrate_vma *args
 
 	do {
 		/* Without memory the kernel may free some and try again. */
-		args->dst[0] = vhmm_fault_take_ram(args);
-		if (!args->dst[0])
+		if (!vhmm_fault_take_ram(b, args))
 			return VM_FAULT_OOM;
 		/* Only at first: a page that has failed is asked for alone. */
 		if (!copies && nr > 1)

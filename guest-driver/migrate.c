@@ -225,16 +225,22 @@ static bool vhmm_take_ram_large(struct vhmm_batch *b, struct migrate_vma *args)
 
 /*
  * Most kernels clear a page that they allocate, and a large folio for as long
- * as its copy takes. So the one for the next window is allocated while the
- * device copies this one, if most likely it is wanted.
+ * as its copy takes. So what the next window most likely wants is allocated
+ * while the device copies this one.
  */
 static void vhmm_alloc_ahead(struct vhmm_batch *b, struct migrate_vma *args)
 {
 	unsigned long end = min(b->end, args->vma->vm_end);
+	unsigned long left = end - min(end, args->end);
 
-	if (vhmm_is_large(b->dst) && !b->ahead &&
-	    args->end + HPAGE_PMD_SIZE <= end)
-		b->ahead = vhmm_alloc_ram_large(args->vma, args->end);
+	if (vhmm_is_large(b->dst)) {
+		if (!b->ahead && left >= HPAGE_PMD_SIZE)
+			b->ahead = vhmm_alloc_ram_large(args->vma, args->end);
+		return;
+	}
+	vhmm_alloc_ram_bulk(b, args->vma, GFP_HIGHUSER_MOVABLE | __GFP_NORETRY |
+			    __GFP_NOWARN,
+			    min(left >> PAGE_SHIFT, b->copy->nr_frames));
 }
 
 /*
@@ -254,8 +260,7 @@ static bool vhmm_wanted_home(const struct vhmm_batch *b, const u8 *outcome,
 static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
 				       struct migrate_vma *args, u8 *outcome)
 {
-	unsigned long i, wanted = 0;
-	struct page **page = b->pages;
+	unsigned long i, wanted = 0, taken = 0;
 
 	if (vhmm_is_large(b->src) && !vhmm_wanted_home(b, outcome, 0))
 		return;
@@ -266,13 +271,11 @@ static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
 
 	for (i = 0; i < args->npages; i++)
 		wanted += vhmm_wanted_home(b, outcome, i);
-	vhmm_alloc_ram_bulk(args->vma, GFP_HIGHUSER_MOVABLE, b->pages, wanted);
+	vhmm_alloc_ram_bulk(b, args->vma, GFP_HIGHUSER_MOVABLE, wanted);
 	for (i = 0; i < args->npages; i++) {
 		if (!vhmm_wanted_home(b, outcome, i))
 			continue;
-		b->dst[i] = vhmm_take_ram(args, i, GFP_HIGHUSER_MOVABLE,
-					  *page++);
-		if (!b->dst[i])
+		if (!vhmm_take_ram(b, args, i, GFP_HIGHUSER_MOVABLE, taken++))
 			outcome[i] = VHMM_SKIP(NO_MEMORY);
 		/* Without the first, none of a large folio can move. */
 		if (vhmm_is_large(b->src) && !b->dst[0]) {
@@ -302,7 +305,7 @@ static void vhmm_classify(struct vhmm_batch *b, struct vm_area_struct *vma,
 {
 	unsigned long i, nr = (end - start) >> PAGE_SHIFT;
 	bool to_device = vhmm_to_device(b);
-	u8 *residency = (u8 *)b->pages;
+	u8 *residency = (u8 *)b->dst;
 	unsigned int here;
 
 	for (i = 0; i < nr; i++) {
