@@ -78,6 +78,21 @@ void vhmm_batch_free(struct vhmm_batch *b)
 	kvfree(b);
 }
 
+/**
+ * vhmm_can_come_home() - tell whether a source entry is a page of the device
+ * @b: the batch, after migrate_vma_setup()
+ * @i: the page
+ *
+ * Return: true if it is, and may be migrated.
+ */
+bool vhmm_can_come_home(const struct vhmm_batch *b, unsigned long i)
+{
+	unsigned long src = vhmm_entry(b->src, i);
+
+	return src & MIGRATE_PFN_MIGRATE && src & MIGRATE_PFN_VALID &&
+	       vhmm_pfn_is_ours(b->dev, page_to_pfn(migrate_pfn_to_page(src)));
+}
+
 /* Whether it is not up to the kernel which node's RAM a mapping gets. */
 static bool vhmm_has_policy(const struct vm_area_struct *vma)
 {

@@ -19,6 +19,9 @@ struct vhmm_request;
 /* One aligned PMD of pages per migrate_vma_setup(). */
 #define VHMM_BATCH_PAGES	HPAGE_PMD_NR
 
+/* For a page of RAM that nobody waits for: not worth more than light reclaim. */
+#define VHMM_SPARE_GFP	(GFP_HIGHUSER_MOVABLE | __GFP_NORETRY | __GFP_NOWARN)
+
 /*
  * What became of a page. Values from VHMM_SKIPPED on are VHMM_SKIPPED plus a
  * reason of enum virtio_hmm_skip.
@@ -128,6 +131,7 @@ struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
 				    enum vhmm_trigger trigger, unsigned int max);
 void vhmm_batch_free(struct vhmm_batch *b);
 
+bool vhmm_can_come_home(const struct vhmm_batch *b, unsigned long i);
 void vhmm_alloc_ram_bulk(struct vhmm_batch *b, const struct vm_area_struct *vma,
 			 gfp_t gfp, unsigned long nr);
 bool vhmm_take_ram(struct vhmm_batch *b, struct migrate_vma *args,

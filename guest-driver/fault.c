@@ -17,11 +17,10 @@
 /* A frame whose copy fails while the device works is asked for so often. */
 #define VHMM_FAULT_COPIES	3
 
-/* What was touched is worth reclaim and compaction; what is near it is not. */
-#define VHMM_FAULT_AROUND_GFP	(GFP_HIGHUSER_MOVABLE | \
-				 __GFP_NORETRY | __GFP_NOWARN)
-
-/* A large folio cannot be split here: the fault holds a reference on it. */
+/*
+ * What was touched is worth reclaim and compaction. A large folio cannot be
+ * split here: the fault holds a reference on it.
+ */
 static bool vhmm_fault_take_ram(struct vhmm_batch *b, struct migrate_vma *args)
 {
 	struct folio *folio;
@@ -37,31 +36,21 @@ static bool vhmm_fault_take_ram(struct vhmm_batch *b, struct migrate_vma *args)
 }
 
 /*
- * Above the touched page there can be pages of other devices as well, and
- * holes: they stay as they are.
+ * Give pages of RAM to those above the touched one, as far as there are any.
+ * There can be pages of other devices as well, and holes: they stay as they are.
  */
-static bool vhmm_fault_wanted(struct vhmm_device *dev,
-			      const struct migrate_vma *args, unsigned long i)
-{
-	unsigned long src = args->src[i];
-
-	return src & MIGRATE_PFN_VALID && src & MIGRATE_PFN_MIGRATE &&
-	       vhmm_pfn_is_ours(dev, page_to_pfn(migrate_pfn_to_page(src)));
-}
-
-/* Give pages of RAM to those above the touched one, as far as there are any. */
 static void vhmm_fault_around_alloc(struct vhmm_batch *b,
 				    struct migrate_vma *args)
 {
 	unsigned long i, wanted = 0, taken = 0;
 
 	for (i = 1; i < args->npages; i++)
-		wanted += vhmm_fault_wanted(b->dev, args, i);
-	vhmm_alloc_ram_bulk(b, args->vma, VHMM_FAULT_AROUND_GFP, wanted);
+		wanted += vhmm_can_come_home(b, i);
+	vhmm_alloc_ram_bulk(b, args->vma, VHMM_SPARE_GFP, wanted);
 	for (i = 1; i < args->npages; i++) {
-		if (!vhmm_fault_wanted(b->dev, args, i))
+		if (!vhmm_can_come_home(b, i))
 			continue;
-		if (!vhmm_take_ram(b, args, i, VHMM_FAULT_AROUND_GFP, taken++))
+		if (!vhmm_take_ram(b, args, i, VHMM_SPARE_GFP, taken++))
 			break;
 	}
 }
@@ -124,7 +113,7 @@ static vm_fault_t vhmm_fault_range(struct vhmm_batch *b, struct vm_fault *vmf,
 	 * Or else somebody is moving the page, or has moved it, home or to
 	 * another device: return to the CPU, which finds it or faults again.
 	 */
-	if (vhmm_fault_wanted(dev, args, 0))
+	if (vhmm_can_come_home(b, 0))
 		ret = vhmm_fault_copy(b, args);
 	vhmm_check_src(dev, args->src, b->src_seen, args->npages);
 	vhmm_migration_lap(&m, VHMM_COPY);

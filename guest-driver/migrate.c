@@ -238,8 +238,7 @@ static void vhmm_alloc_ahead(struct vhmm_batch *b, struct migrate_vma *args)
 			b->ahead = vhmm_alloc_ram_large(args->vma, args->end);
 		return;
 	}
-	vhmm_alloc_ram_bulk(b, args->vma, GFP_HIGHUSER_MOVABLE | __GFP_NORETRY |
-			    __GFP_NOWARN,
+	vhmm_alloc_ram_bulk(b, args->vma, VHMM_SPARE_GFP,
 			    min(left >> PAGE_SHIFT, b->copy->nr_frames));
 }
 
@@ -250,11 +249,7 @@ static void vhmm_alloc_ahead(struct vhmm_batch *b, struct migrate_vma *args)
 static bool vhmm_wanted_home(const struct vhmm_batch *b, const u8 *outcome,
 			     unsigned long i)
 {
-	unsigned long src = vhmm_entry(b->src, i);
-
-	return vhmm_unresolved(outcome[i]) &&
-	       src & MIGRATE_PFN_MIGRATE && src & MIGRATE_PFN_VALID &&
-	       vhmm_pfn_is_ours(b->dev, page_to_pfn(migrate_pfn_to_page(src)));
+	return vhmm_unresolved(outcome[i]) && vhmm_can_come_home(b, i);
 }
 
 static void vhmm_alloc_and_copy_to_ram(struct vhmm_batch *b,
