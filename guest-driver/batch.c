@@ -66,8 +66,9 @@ static void vhmm_free_ram(struct vhmm_batch *b)
 
 void vhmm_batch_free(struct vhmm_batch *b)
 {
-	if (b->evict)
-		vhmm_batch_free(b->evict);
+	if (!b)
+		return;
+	vhmm_batch_free(b->evict);
 	if (b->ahead)
 		folio_put(b->ahead);
 	if (b->pages && !vhmm_to_device(b))

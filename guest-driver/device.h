@@ -88,14 +88,18 @@ struct vhmm_memory {
  * @mm: the address space; only ever compared
  * @next: where the next fault is expected, if they go on
  * @pages: how many pages the last one brought home
+ * @batch: working memory for the next one, NULL while a fault has it, and at
+ *	first
  *
  * A guess, by which the pages to come are brought home in time. Read and
  * written without a lock: threads that share one cost each other their guesses.
+ * @batch is exchanged.
  */
 struct vhmm_stream {
 	const struct mm_struct *mm;
 	unsigned long next;
 	unsigned long pages;
+	struct vhmm_batch *batch;
 };
 
 /**

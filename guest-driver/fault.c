@@ -162,6 +162,19 @@ static void vhmm_fault_note(struct vhmm_stream *stream,
 	WRITE_ONCE(stream->pages, pages);
 }
 
+/* What the last fault had will do most often. */
+static struct vhmm_batch *vhmm_fault_batch(struct vhmm_device *dev,
+					   struct vhmm_stream *stream,
+					   unsigned int nr)
+{
+	struct vhmm_batch *b = xchg(&stream->batch, NULL);
+
+	if (b && b->max >= nr)
+		return b;
+	vhmm_batch_free(b);
+	return vhmm_batch_alloc(dev, VHMM_CPU_FAULT, nr);
+}
+
 static vm_fault_t vhmm_fault(struct vhmm_device *dev, struct vm_fault *vmf)
 {
 	struct vhmm_stream *stream =
@@ -178,11 +191,11 @@ static vm_fault_t vhmm_fault(struct vhmm_device *dev, struct vm_fault *vmf)
 	struct vhmm_batch *b;
 	vm_fault_t ret;
 
-	b = vhmm_batch_alloc(dev, VHMM_CPU_FAULT, nr);
+	b = vhmm_fault_batch(dev, stream, nr);
 	if (!b)
 		return VM_FAULT_OOM;
 	ret = vhmm_fault_range(b, vmf, &args);
-	vhmm_batch_free(b);
+	vhmm_batch_free(xchg(&stream->batch, b));
 	if (!large)
 		vhmm_fault_note(stream, vmf->vma->vm_mm, start, nr);
 	return ret;

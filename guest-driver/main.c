@@ -44,7 +44,10 @@ static DEFINE_IDA(vhmm_ida);
 static void vhmm_device_free(struct kref *ref)
 {
 	struct vhmm_device *dev = container_of(ref, struct vhmm_device, ref);
+	unsigned int i;
 
+	for (i = 0; i < ARRAY_SIZE(dev->streams); i++)
+		vhmm_batch_free(dev->streams[i].batch);
 	ida_free(&vhmm_ida, dev->id);
 	free_percpu(dev->counters);
 	kfree(dev);
