@@ -40,8 +40,8 @@ const BENCH_CHARTS: [&str; 5] = [
     "random-faults-1t",
 ];
 
-/// What makes the chart of failures rise, and wants a directory.
-const OPTIONS: [&str; 3] = ["--inject", "delay=1ms,probability=0.05", "--report"];
+/// What makes the chart of failures rise, however few requests there are, and wants a directory.
+const OPTIONS: [&str; 3] = ["--inject", "delay=1ms,count=50", "--report"];
 
 /// Widths of a window on a desk and in a hand, in pixels.
 const WIDE: u32 = 1280;
