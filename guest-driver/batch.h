@@ -57,8 +57,8 @@ enum vhmm_outcome {
  * @bounce: the RAM they come through; NULL if there were none yet
  * @evict: what to make room with; NULL if that was not needed yet
  *
- * Owned by one task. Reused from batch to batch, so that a long range is
- * migrated without allocating anything but pages.
+ * Owned by one task at a time. Reused from batch to batch, so that a long range
+ * is migrated without allocating anything but pages.
  */
 struct vhmm_batch {
 	struct vhmm_device *dev;

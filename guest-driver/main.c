@@ -48,6 +48,7 @@ static void vhmm_device_free(struct kref *ref)
 
 	for (i = 0; i < ARRAY_SIZE(dev->streams); i++)
 		vhmm_batch_free(dev->streams[i].batch);
+	vhmm_batch_free(dev->evacuation);
 	ida_free(&vhmm_ida, dev->id);
 	free_percpu(dev->counters);
 	kfree(dev);
@@ -223,7 +224,7 @@ static int vhmm_probe(struct virtio_device *vdev)
 	if (ret) {
 		dev_err(&vdev->dev, "no struct pages for %llu bytes: %d\n",
 			memory_size, ret);
-		goto err_batch;
+		goto err_put;
 	}
 	ret = vhmm_queues_find(dev);
 	if (ret)
@@ -247,8 +248,6 @@ err_vqs:
 	vhmm_queues_del(dev);
 err_memory:
 	vhmm_memory_exit(dev);
-err_batch:
-	vhmm_batch_free(dev->evacuation);
 err_put:
 	vhmm_device_put(dev);
 	return ret;
@@ -283,7 +282,6 @@ static void vhmm_remove(struct virtio_device *vdev)
 		vhmm_control_discard_all(dev);
 	virtio_reset_device(vdev);
 	vhmm_queues_del(dev);
-	vhmm_batch_free(dev->evacuation);
 	vhmm_device_put(dev);
 }
 
