@@ -5,6 +5,7 @@ pub mod accelerator;
 mod actions;
 pub mod apt;
 pub mod bench;
+pub mod boot_image;
 pub mod browser;
 pub mod build;
 pub mod chart;

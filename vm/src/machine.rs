@@ -8,7 +8,6 @@ use hmm_init::{ACTION_PORT, PORT};
 use serde_json::{Map, Value};
 
 use crate::accelerator::Accelerator;
-use crate::kernel::Kernel;
 use crate::profile::{Device, Profile};
 use crate::toolbox::Toolbox;
 use crate::units::Size;
@@ -46,8 +45,8 @@ pub struct RunFiles {
 pub struct Machine<'a> {
     /// Where QEMU comes from.
     pub toolbox: &'a Toolbox,
-    /// What boots.
-    pub kernel: &'a Kernel,
+    /// What boots, see [`crate::boot_image`].
+    pub kernel: &'a Path,
     /// The machine.
     pub profile: &'a Profile,
     /// What it runs on.
@@ -114,7 +113,7 @@ impl Machine<'_> {
         }
         option("-rtc", "base=utc");
 
-        command.arg("-kernel").arg(&self.kernel.image);
+        command.arg("-kernel").arg(self.kernel);
         command.arg("-initrd").arg(&files.initramfs);
         let mut words = profile.kernel.command_line.clone();
         // A debugger looks for the symbols where the linker put them.

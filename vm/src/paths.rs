@@ -54,9 +54,12 @@ impl Cache {
             .or_else(|| set("XDG_CACHE_HOME").map(|dir| dir.join("virtio-hmm")))
             .or_else(|| set("HOME").map(|dir| dir.join(".cache/virtio-hmm")))
             .ok_or(Error::NoCache)?;
-        std::path::absolute(&root)
-            .at("use", &root)
-            .map(|root| Self { root })
+        std::path::absolute(&root).at("use", &root).map(Self::at)
+    }
+
+    /// In this directory.
+    pub(crate) fn at(root: PathBuf) -> Self {
+        Self { root }
     }
 
     /// The directory itself.
@@ -81,6 +84,12 @@ impl Cache {
     #[must_use]
     pub fn modules(&self) -> PathBuf {
         self.root.join("module")
+    }
+
+    /// What QEMU boots of each kernel.
+    #[must_use]
+    pub fn boot_images(&self) -> PathBuf {
+        self.root.join("boot-image")
     }
 
     /// The logs of the last runs.
@@ -125,11 +134,12 @@ impl Cache {
 
     /// Everything this tool may have put into the cache.
     #[must_use]
-    pub fn entries(&self) -> [PathBuf; 10] {
+    pub fn entries(&self) -> [PathBuf; 11] {
         [
             self.toolboxes(),
             self.apt(),
             self.modules(),
+            self.boot_images(),
             self.logs(),
             self.checkpatch(),
             self.test_hmm(),

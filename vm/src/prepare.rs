@@ -11,6 +11,7 @@ use hmm_init::{Driver, Order};
 
 use crate::accelerator::{Accelerator, Choice, kvm_failure};
 use crate::apt::MIRROR_VARIABLE;
+use crate::boot_image;
 use crate::build::{self, Programs};
 use crate::daemon::Sockets;
 use crate::devices::own_sockets;
@@ -67,6 +68,9 @@ pub struct MachineOptions {
     /// Copy queues of the device
     #[arg(long, value_name = "N")]
     pub copy_queues: Option<u32>,
+    /// Boot the kernel's image, which unpacks itself in the guest: only so can that sleep (suspend to RAM)
+    #[arg(long)]
+    pub bzimage: bool,
     /// Add a word to the kernel's command line, such as init_on_alloc=0; can be repeated
     #[arg(long, value_name = "WORD", allow_hyphen_values = true)]
     pub append: Vec<String>,
@@ -171,6 +175,7 @@ pub struct Prepared {
     cache: Cache,
     toolbox: Toolbox,
     kernel: Kernel,
+    boot_image: PathBuf,
     programs: Programs,
     module: Option<PathBuf>,
     accelerator: Accelerator,
@@ -204,12 +209,18 @@ impl Prepared {
             let sources = options.driver.as_deref().unwrap_or(&own);
             Some(build::module(sources, &kernel, &cache, report)?)
         };
+        let boot_image = if options.bzimage {
+            kernel.image.clone()
+        } else {
+            boot_image::make(&kernel.image, &cache, report)?
+        };
         let mut prepared = Self {
             options: options.clone(),
             profile,
             cache,
             toolbox,
             kernel,
+            boot_image,
             programs,
             module,
             accelerator: Accelerator::Tcg,
@@ -389,7 +400,7 @@ impl Prepared {
         let run = Run {
             machine: Machine {
                 toolbox: &self.toolbox,
-                kernel: &self.kernel,
+                kernel: &self.boot_image,
                 profile: &self.profile,
                 accelerator,
                 devices: Vec::new(),
@@ -486,9 +497,11 @@ pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
         crate::accelerator::remembered_kvm(&cache, &toolbox.identity()),
         Some(None)
     );
+    let unpacked = (!options.bzimage).then(|| boot_image::made(&kernel.image, &cache));
+    let image = unpacked.flatten().unwrap_or(kernel.image);
     let machine = Machine {
         toolbox: &toolbox,
-        kernel: &kernel,
+        kernel: &image,
         profile: &profile,
         accelerator: match options.accel {
             Choice::Kvm => Accelerator::Kvm,

@@ -177,7 +177,7 @@ fn sleep() -> Result<Option<String>> {
         # The firmware forgets how to power off when it wakes up.
         reboot -f";
     let daemon = Daemon::start()?;
-    let run = vm(&["run", "--silence", "170s"])?
+    let run = vm(&["run", "--bzimage", "--silence", "170s"])?
         .with(daemon.options())
         .with(programs(&["hmm-hold"])?)
         .with(["--", "sh", "-c", &format!("{SHELL}{script}")])
