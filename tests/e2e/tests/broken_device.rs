@@ -9,6 +9,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use hmm_e2e::ktap::{End, Ends};
 use hmm_e2e::patch::{self, Patch};
@@ -22,13 +23,15 @@ use tempfile::TempDir;
 const PATCHES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/broken-device");
 /// Package and binary of the daemon.
 const DAEMON: &str = "vhost-device-hmm";
+/// Held while a daemon is built.
+static TURN: Mutex<()> = Mutex::new(());
 /// How a case begins to tell that the device was lost before it, or after it.
 const LOST: [&str; 2] = ["the device does not work any more since ", "afterwards: "];
 
 fn main() -> Result {
     let mut arguments = Arguments::from_args();
-    // Each boots a machine with as many CPUs as this one has.
-    arguments.test_threads.get_or_insert(1);
+    // A build or a boot keeps about one CPU busy.
+    arguments.test_threads.get_or_insert(2);
     let trials = patch::trials("broken_device", PATCHES, is_noticed)?;
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -68,6 +71,12 @@ fn run_cases(daemon: &Daemon, cases: &[&str]) -> Result<Finished> {
 
 /// A directory with the daemon of a device that has this patch.
 fn broken_device(patch: &Patch) -> Result<TempDir> {
+    let target = Cache::locate()?.broken_device();
+    fs::create_dir_all(&target)?;
+    // From before the sources are written, because cargo builds what is newer than its last
+    // program, until that is out of the way of the next one. Another checkout may build, too.
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _lock = lock(&target.join("lock"), Report)?;
     let workspace = tempfile::tempdir()?;
     let sources = Path::new("device/src");
     let device = workspace.path().join("device");
@@ -80,10 +89,6 @@ fn broken_device(patch: &Patch) -> Result<TempDir> {
     }
     patch.apply(&device.join("src"))?;
 
-    let target = Cache::locate()?.broken_device();
-    fs::create_dir_all(&target)?;
-    // Until the program is out of the way of the next one, which another checkout may build.
-    let _lock = lock(&target.join("lock"), Report)?;
     let built = cargo()
         .args(["build", "--quiet", "--locked", "--offline"])
         .args(["--package", DAEMON, "--bin", DAEMON, "--target-dir"])

@@ -22,8 +22,8 @@ const PATCHES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/broken-driver");
 
 fn main() -> Result {
     let mut arguments = Arguments::from_args();
-    // Each boots a machine with as many CPUs as this one has.
-    arguments.test_threads.get_or_insert(1);
+    // A build or a boot keeps about one CPU busy.
+    arguments.test_threads.get_or_insert(2);
     let mut trials = patch::trials("broken_driver", PATCHES, is_noticed)?;
     trials.push(trial(
         "broken_driver::model_checker_finds_and_shrinks",
