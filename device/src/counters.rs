@@ -123,17 +123,23 @@ pub struct Failures {
 }
 
 impl Failures {
-    /// Each with its name.
-    pub fn named(&self) -> [(&'static str, &Count); 8] {
+    /// Requests, by their status.
+    pub fn requests(&self) -> [(&'static str, &Count); 5] {
         [
             ("partial", &self.partial),
             ("invalid", &self.invalid),
             ("unsupported", &self.unsupported),
             ("range", &self.range),
             ("other", &self.other),
-            ("frames_fault", &self.frames_fault),
-            ("frames_not_done", &self.frames_not_done),
-            ("frames_poisoned", &self.frames_poisoned),
+        ]
+    }
+
+    /// Frames, by their status.
+    pub fn frames(&self) -> [(&'static str, &Count); 3] {
+        [
+            ("fault", &self.frames_fault),
+            ("not_done", &self.frames_not_done),
+            ("poisoned", &self.frames_poisoned),
         ]
     }
 }

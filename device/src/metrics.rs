@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::{
     counters::{Counters, QueueCounters, SizeCounters},
     hardware,
-    histogram::Histogram,
+    histogram::{Count, Histogram},
     memory::Memory,
     session::Shared,
 };
@@ -251,13 +251,32 @@ fn rings(encoder: &mut DescriptorEncoder, counters: &Counters) -> fmt::Result {
         ConstCounter::new(seconds(queue.busy())).encode(metric)?;
     }
     workers(encoder, counters)?;
-    let help = "Requests and frames that failed";
-    let mut family = encoder.encode_descriptor("hmm_failures", help, None, MetricType::Counter)?;
+    failures(encoder, counters)
+}
+
+fn failures(encoder: &mut DescriptorEncoder, counters: &Counters) -> fmt::Result {
+    let kind = MetricType::Counter;
+    let help = "Requests that failed";
+    let mut family = encoder.encode_descriptor("hmm_failed_requests", help, None, kind)?;
     for (index, queue) in counters.queues().iter().enumerate() {
-        for (failure, count) in queue.failures.named() {
-            let labels: [Label; 2] = [("queue", index.to_string()), ("failure", failure.into())];
-            ConstCounter::new(count.get()).encode(family.encode_family(&labels)?)?;
-        }
+        failed(&mut family, index, &queue.failures.requests())?;
+    }
+    let help = "Frames that failed, of requests that were done in part";
+    let mut family = encoder.encode_descriptor("hmm_failed_frames", help, None, kind)?;
+    for (index, queue) in counters.queues().iter().enumerate() {
+        failed(&mut family, index, &queue.failures.frames())?;
+    }
+    Ok(())
+}
+
+fn failed(
+    family: &mut MetricEncoder,
+    queue: usize,
+    by_status: &[(&'static str, &Count)],
+) -> fmt::Result {
+    for (status, count) in by_status {
+        let labels: [Label; 2] = [("queue", queue.to_string()), ("status", (*status).into())];
+        ConstCounter::new(count.get()).encode(family.encode_family(&labels)?)?;
     }
     Ok(())
 }
