@@ -117,8 +117,6 @@ const CONDITIONAL: &[(c_long, &[Condition])] = &[
     // How much device memory is used: asked about a descriptor, not about a path.
     (libc::SYS_newfstatat, &[(3, EMPTY_PATH, EMPTY_PATH)]),
     (libc::SYS_statx, &[(2, EMPTY_PATH, EMPTY_PATH)]),
-    // A panic that cannot unwind ends in abort().
-    (libc::SYS_tgkill, &[(2, ALL, libc::SIGABRT as u64)]),
 ];
 
 /// Allowed besides where the workers have the processor count what they do: each
@@ -182,7 +180,11 @@ fn program(
 fn allowed(counting: bool) -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
     let mut rules: BTreeMap<_, Vec<_>> = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
     let counting = if counting { COUNTING } else { &[] };
-    for (call, conditions) in CONDITIONAL.iter().chain(counting) {
+    // A panic that cannot unwind ends in abort().
+    let own = std::process::id().into();
+    let abort: &[Condition] = &[(0, ALL, own), (2, ALL, libc::SIGABRT as u64)];
+    let abort = [(libc::SYS_tgkill, abort)];
+    for (call, conditions) in CONDITIONAL.iter().chain(counting).chain(&abort) {
         let condition = |(argument, mask, value): &Condition| {
             let compare = SeccompCmpOp::MaskedEq(*mask);
             SeccompCondition::new(*argument, SeccompCmpArgLen::Qword, compare, *value)

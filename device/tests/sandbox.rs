@@ -65,7 +65,11 @@ const FORBIDDEN: &[(&str, c_long, [c_long; 4])] = &[
     ("rename", libc::SYS_rename, [0, 0, 0, 0]),
     ("setuid", libc::SYS_setuid, [-1, 0, 0, 0]),
     ("socket", libc::SYS_socket, [-1, 0, 0, 0]),
-    ("tgkill SIGKILL", libc::SYS_tgkill, [-1, -1, 9, 0]),
+    (
+        "tgkill another",
+        libc::SYS_tgkill,
+        [-1, -1, libc::SIGABRT as c_long, 0],
+    ),
     ("unshare", libc::SYS_unshare, [1, 0, 0, 0]),
     ("vfork", libc::SYS_clone, [libc::SIGCHLD as c_long, 0, 0, 0]),
 ];
