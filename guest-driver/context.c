@@ -115,7 +115,7 @@ static void vhmm_allocation_unuse(struct vhmm_allocation *a, unsigned int nr)
 
 /**
  * vhmm_allocation_end() - be done with an allocation
- * @a: from vhmm_allocation_begin() or vhmm_victim_get(); not ours any more
+ * @a: from vhmm_allocation_begin(), or taken off its list; not ours any more
  *
  * Frames that are in use can be evicted from now on, and were used last now.
  */
@@ -129,6 +129,19 @@ void vhmm_allocation_end(struct vhmm_allocation *a)
 	ctx->nr_reserved -= a->nr_reserved;
 	a->nr_reserved = 0;
 	list_move_tail(&a->node, &ctx->lru);
+	vhmm_allocation_unuse(a, 1);
+	spin_unlock_irq(&mem->lock);
+}
+
+/**
+ * vhmm_allocation_put() - let go of an allocation that others may work on
+ * @a: one whose @users was raised; not ours any more
+ */
+void vhmm_allocation_put(struct vhmm_allocation *a)
+{
+	struct vhmm_memory *mem = &a->ctx->dev->memory;
+
+	spin_lock_irq(&mem->lock);
 	vhmm_allocation_unuse(a, 1);
 	spin_unlock_irq(&mem->lock);
 }

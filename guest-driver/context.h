@@ -42,7 +42,8 @@ struct vhmm_context {
 /**
  * struct vhmm_allocation - the frames that one window of a migration got
  * @ctx: whose they are
- * @node: in &struct vhmm_context.lru; empty while it cannot be evicted
+ * @node: in &struct vhmm_context.lru; empty while a migration or an eviction
+ *	works on it
  * @start: the addresses that the window had: a hint, for mremap() moves pages
  * @end: end of these
  * @first: no frame is below this one
@@ -72,6 +73,7 @@ struct vhmm_allocation *vhmm_allocation_begin(struct vhmm_context *ctx,
 					      unsigned long start,
 					      unsigned long end);
 void vhmm_allocation_end(struct vhmm_allocation *a);
+void vhmm_allocation_put(struct vhmm_allocation *a);
 bool vhmm_allocation_reserve(struct vhmm_allocation *a, unsigned long nr);
 unsigned long vhmm_allocation_left(struct vhmm_allocation *a);
 void vhmm_allocation_charge(struct vhmm_allocation *a, unsigned long frame,

@@ -149,7 +149,7 @@ void vhmm_evict_owner(struct vhmm_batch *b, unsigned long frame)
 	spin_unlock_irq(&mem->lock);
 	if (a) {
 		vhmm_evict_mapped(b, a);
-		vhmm_allocation_end(a);
+		vhmm_allocation_put(a);
 	}
 }
 
