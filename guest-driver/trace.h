@@ -178,20 +178,17 @@ TRACE_EVENT(vhmm_cpu_fault,
 	TP_STRUCT__entry(
 		__field(int, id)
 		__field(unsigned long, address)
-		__field(unsigned long, pages)
 		__field(u64, ns)
 		__field(unsigned int, result)
 	),
 	TP_fast_assign(
 		__entry->id = dev->id;
 		__entry->address = vmf->address & PAGE_MASK;
-		__entry->pages = vmf->pte ? 1 : HPAGE_PMD_NR;
 		__entry->ns = ns;
 		__entry->result = (__force unsigned int)result;
 	),
-	TP_printk("hmm%d direction=to_system trigger=cpu_fault address=%#lx pages=%lu ns=%llu error=%#x",
-		  __entry->id, __entry->address, __entry->pages, __entry->ns,
-		  __entry->result)
+	TP_printk("hmm%d direction=to_system trigger=cpu_fault address=%#lx ns=%llu error=%#x",
+		  __entry->id, __entry->address, __entry->ns, __entry->result)
 );
 
 TRACE_EVENT(vhmm_copy_submit,
