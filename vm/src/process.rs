@@ -1,6 +1,5 @@
 //! Child processes that do not outlive the tool.
 
-use std::fmt::Write as _;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -70,18 +69,22 @@ pub(crate) fn describe(status: ExitStatus) -> String {
 /// The command as one could type it into a shell.
 #[must_use]
 pub fn shell_line(command: &Command) -> String {
-    let mut line = String::new();
-    for word in std::iter::once(command.get_program()).chain(command.get_args()) {
-        let word = word.to_string_lossy();
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+,./:@%".contains(c);
-        let separator = if line.is_empty() { "" } else { " " };
-        let _ = if word.chars().all(plain) && !word.is_empty() {
-            write!(line, "{separator}{word}")
-        } else {
-            write!(line, "{separator}'{}'", word.replace('\'', r"'\''"))
-        };
+    let words: Vec<String> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| shell_word(&word.to_string_lossy()))
+        .collect();
+    words.join(" ")
+}
+
+/// A word as one could type it into a shell.
+#[must_use]
+pub fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+,./:@%".contains(c);
+    if word.chars().all(plain) && !word.is_empty() {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
     }
-    line
 }
 
 /// A child that is asked to end, and then made to, when it is dropped.

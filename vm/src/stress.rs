@@ -14,7 +14,7 @@ use crate::demo::random_seed;
 use crate::environment::Environment;
 use crate::error::{Error, Result, with_sources};
 use crate::prepare::{Job, MachineOptions, Prepared, log_tail};
-use crate::process::tail;
+use crate::process::{shell_word, tail};
 use crate::reconcile::{self, grouped};
 use crate::report::Report;
 use crate::sampler::{History, Sampler};
@@ -388,7 +388,7 @@ pub(crate) fn machine_words(
                 words.next();
             }
         } else if !flags.contains(&word.as_str()) {
-            text += &format!("{word} ");
+            text += &(shell_word(&word) + " ");
         }
     }
     text
@@ -680,10 +680,10 @@ mod tests {
     #[test]
     fn the_command_that_repeats_a_turn_is_about_the_same_machine() {
         let line =
-            "hmm-vm stress --kernel debug --duration 10m --seed=4 --json --report out --cpus 4";
-        let words = line.split(' ').map(ToOwned::to_owned);
+            "hmm-vm stress --kernel my_tree --duration 10m --seed=4 --json --report out --cpus 4";
+        let words = line.split(' ').map(|word| word.replace('_', " "));
         let words = machine_words(words, "stress", &OWN_OPTIONS, &OWN_FLAGS);
-        assert_eq!(words, "--kernel debug --cpus 4 ");
+        assert_eq!(words, "--kernel 'my tree' --cpus 4 ");
     }
 
     #[test]

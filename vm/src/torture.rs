@@ -17,7 +17,7 @@ use crate::error::{Error, Result, with_sources};
 use crate::fuzz::{Fuzzers, Target};
 use crate::paths::Cache;
 use crate::prepare::{Job, MachineOptions, Prepared};
-use crate::process::tail;
+use crate::process::{shell_word, tail};
 use crate::reconcile::grouped;
 use crate::report::Report;
 use crate::run::End;
@@ -432,10 +432,10 @@ fn repeated(options: &MachineOptions, command: &str) -> String {
     let words = machine_words(std::env::args(), "torture", &OWN_OPTIONS, &["--json"]);
     let mut text = format!("cargo vm run {words}").trim_end().to_owned();
     if let Some(profile) = &options.profile {
-        let _ = write!(text, " --profile {profile}");
+        let _ = write!(text, " --profile {}", shell_word(profile));
     }
     for rule in &options.inject {
-        let _ = write!(text, " --inject {rule}");
+        let _ = write!(text, " --inject {}", shell_word(rule));
     }
     if let Some(seed) = options.inject_seed {
         let _ = write!(text, " --inject-seed {seed}");
@@ -446,7 +446,7 @@ fn repeated(options: &MachineOptions, command: &str) -> String {
     if let Some(timeout) = options.timeout {
         let _ = write!(text, " --timeout {}s", timeout.as_secs());
     }
-    let _ = write!(text, " -- sh -c '{command}'");
+    let _ = write!(text, " -- sh -c {}", shell_word(command));
     text
 }
 
