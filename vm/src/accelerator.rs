@@ -14,9 +14,10 @@ use crate::error::{FileContext, Result};
 use crate::paths::Cache;
 
 /// What the user asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
     /// KVM if it works, else TCG.
+    #[default]
     Auto,
     /// KVM or an error.
     Kvm,

@@ -30,12 +30,13 @@ pub(crate) const NEEDED: [&str; 9] = [
 ];
 
 /// What the user asks for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
     /// Debian's.
     Stock,
     /// One of `images/kernels.toml`.
     Named(String),
+    #[default]
     /// A build tree of the user's.
     Tree(PathBuf),
 }

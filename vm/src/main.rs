@@ -12,7 +12,7 @@ use hmm_vm::error::{EXIT_COUNTERS, with_sources};
 use hmm_vm::fuzz::{Fuzzers, Target};
 use hmm_vm::page::Pages;
 use hmm_vm::paths::{Cache, remove_all};
-use hmm_vm::prepare::{Job, MachineOptions, Prepared, dry_run, log_tail};
+use hmm_vm::prepare::{Job, MachineOptions, Platform, Prepared, dry_run, log_tail};
 use hmm_vm::reconcile::grouped;
 use hmm_vm::report_directory::ReportDirectory;
 use hmm_vm::run::pass_on;
@@ -186,7 +186,10 @@ enum Command {
     /// Run every test of the project
     Test {
         #[command(flatten)]
-        machine: MachineOptions,
+        platform: Platform,
+        /// Run only this program of VM tests, of those in tests/e2e/tests (again for more)
+        #[arg(long, value_name = "PROGRAM")]
+        only: Vec<String>,
     },
     /// Say what is there, what is missing and what would be done
     Doctor {
@@ -366,12 +369,8 @@ fn execute(command: Command) -> Result<u8> {
             show(&torture, torture.table(), json)?;
             Ok(u8::from(!torture.passed()))
         }
-        Command::Test { machine } => {
-            if machine.dry_run {
-                print!("{}", dry_run(&machine, false)?);
-                return Ok(0);
-            }
-            Ok(u8::from(testing::run_all(&machine)?.failed > 0))
+        Command::Test { platform, only } => {
+            Ok(u8::from(testing::run_tests(&platform, &only)?.failed > 0))
         }
         Command::Doctor { toolbox, mirror } => {
             Ok(u8::from(!doctor::run(toolbox, mirror.as_deref())?))

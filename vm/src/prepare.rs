@@ -33,17 +33,16 @@ use crate::units::{Size, parse_duration};
 
 /// Variable that sets what the machine runs on, as `--accel` does.
 pub const ACCELERATOR_VARIABLE: &str = "VIRTIO_HMM_ACCEL";
+/// How long a guest may give no sign of life, if the user does not say.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Runs whose logs are kept.
 const KEPT_LOGS: usize = 50;
 /// The probe guest does nothing but boot.
 const PROBE: Duration = Duration::from_secs(10);
 
-/// What the user can say about the machine.
-#[derive(Args, Clone, Debug)]
-pub struct MachineOptions {
-    /// Machine profile: a name in qemu-configs/, or the path of a TOML file [default: bench for bench, default for all else]
-    #[arg(long, value_name = "NAME")]
-    pub profile: Option<String>,
+/// What the user can say about what machines run on and boot.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Platform {
     /// What the machine runs on
     #[arg(long, value_enum, default_value_t = Choice::Auto, env = ACCELERATOR_VARIABLE)]
     pub accel: Choice,
@@ -53,6 +52,20 @@ pub struct MachineOptions {
     /// Where QEMU, the stock kernel and the compiler come from
     #[arg(long, value_enum, default_value_t = toolbox::Choice::Auto, env = TOOLBOX_VARIABLE)]
     pub toolbox: toolbox::Choice,
+    /// Debian mirror for the toolbox, instead of the one this machine's apt uses
+    #[arg(long, value_name = "URL", env = MIRROR_VARIABLE)]
+    pub mirror: Option<String>,
+}
+
+/// What the user can say about the machine.
+#[derive(Args, Clone, Debug, Default)]
+pub struct MachineOptions {
+    /// Machine profile: a name in qemu-configs/, or the path of a TOML file [default: bench for bench, default for all else]
+    #[arg(long, value_name = "NAME")]
+    pub profile: Option<String>,
+    /// What it runs on and boots
+    #[command(flatten)]
+    pub platform: Platform,
     /// Virtual CPUs
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,
@@ -101,21 +114,27 @@ pub struct MachineOptions {
     /// Go on when the device daemon dies: the guest then sees a dead device
     #[arg(long)]
     pub device_may_die: bool,
-    /// End the run after this time, such as 90s or 10m [default: 10m; none for boot and --gdb]
+    /// End the run after this time, such as 90s or 10m [default: 10m; more for stress, bench and torture; none for run --gdb and boot on a terminal]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
-    /// End the run when the guest gives no sign of life for this time
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "60s")]
-    pub silence: Duration,
+    /// End the run when the guest gives no sign of life for this time, but not with run --gdb or boot on a terminal [default: 60s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub silence: Option<Duration>,
     /// Start stopped, and let a debugger attach to the guest's kernel
     #[arg(long)]
     pub gdb: bool,
     /// Print the daemon's and QEMU's command lines and do nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Debian mirror for the toolbox, instead of the one this machine's apt uses
-    #[arg(long, value_name = "URL", env = MIRROR_VARIABLE)]
-    pub mirror: Option<String>,
+}
+
+impl From<Platform> for MachineOptions {
+    fn from(platform: Platform) -> Self {
+        Self {
+            platform,
+            ..Self::default()
+        }
+    }
 }
 
 impl MachineOptions {
@@ -190,12 +209,12 @@ impl Prepared {
         let report = Report;
         let profile = options.profile()?;
         let cache = Cache::locate()?;
-        let toolbox = Toolbox::place(options.toolbox, &cache)?;
+        let toolbox = Toolbox::place(options.platform.toolbox, &cache)?;
         let programs = Programs::locate()?;
         programs.build()?;
-        let mirror = options.mirror.as_deref();
+        let mirror = options.platform.mirror.as_deref();
         toolbox.make(&cache, mirror, report)?;
-        let kernel = match &options.kernel {
+        let kernel = match &options.platform.kernel {
             kernel::Choice::Stock => toolbox.kernel()?,
             kernel::Choice::Named(name) => {
                 NamedKernel::find(name, &cache)?.make(&cache, mirror, report)?
@@ -225,7 +244,7 @@ impl Prepared {
             module,
             accelerator: Accelerator::Tcg,
         };
-        if options.accel != Choice::Tcg {
+        if options.platform.accel != Choice::Tcg {
             prepared.accelerator = prepared.choose_accelerator(report)?;
         }
         Ok(prepared)
@@ -254,7 +273,7 @@ impl Prepared {
     /// # Errors
     /// Its source cannot be fetched, or it does not build.
     pub fn test_hmm(&self) -> Result<PathBuf> {
-        let mirror = self.options.mirror.as_deref();
+        let mirror = self.options.platform.mirror.as_deref();
         build::test_hmm(&self.kernel, &self.cache, mirror, Report)
     }
 
@@ -272,7 +291,7 @@ impl Prepared {
         };
         match kvm_failure(&self.cache, &self.toolbox.identity(), probe)? {
             None => Ok(Accelerator::Kvm),
-            Some(reason) if self.options.accel == Choice::Kvm => Err(Error::NoKvm(reason)),
+            Some(reason) if self.options.platform.accel == Choice::Kvm => Err(Error::NoKvm(reason)),
             Some(reason) => {
                 report.line(&format!("using TCG: {reason}"));
                 Ok(Accelerator::Tcg)
@@ -323,7 +342,7 @@ impl Prepared {
             silence: if unlimited {
                 Duration::MAX
             } else {
-                self.options.silence
+                self.options.silence.unwrap_or(SILENCE)
             },
             device_may_die: self.options.device_may_die,
         };
@@ -429,7 +448,7 @@ impl Prepared {
         recipe.packages.extend_from_slice(packages);
         let what = format!("the guest's packages ({})", packages.join(", "));
         let root = Root::place(&what, recipe, &self.cache);
-        root.make(&self.cache, self.options.mirror.as_deref(), Report)?;
+        root.make(&self.cache, self.options.platform.mirror.as_deref(), Report)?;
         Ok(Some(root))
     }
 
@@ -461,7 +480,7 @@ impl Prepared {
 pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
     let profile = options.profile()?;
     let cache = Cache::locate()?;
-    let toolbox = Toolbox::place(options.toolbox, &cache)?;
+    let toolbox = Toolbox::place(options.platform.toolbox, &cache)?;
     let missing = |what| {
         Err(Error::Config(format!(
             "there is no {what} yet; the same command without --dry-run makes it"
@@ -470,7 +489,7 @@ pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
     if !toolbox.is_made() {
         return missing("toolbox");
     }
-    let kernel = match &options.kernel {
+    let kernel = match &options.platform.kernel {
         kernel::Choice::Stock => toolbox.kernel()?,
         kernel::Choice::Named(name) => match NamedKernel::find(name, &cache)?.made()? {
             Some(kernel) => kernel,
@@ -503,7 +522,7 @@ pub fn dry_run(options: &MachineOptions, interactive: bool) -> Result<String> {
         toolbox: &toolbox,
         kernel: &image,
         profile: &profile,
-        accelerator: match options.accel {
+        accelerator: match options.platform.accel {
             Choice::Kvm => Accelerator::Kvm,
             Choice::Auto if kvm => Accelerator::Kvm,
             Choice::Auto | Choice::Tcg => Accelerator::Tcg,

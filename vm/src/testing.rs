@@ -17,7 +17,7 @@ use crate::fuzz::{Fuzzers, Target};
 use crate::kernel::{KERNEL_VARIABLE, Kernel};
 use crate::named_kernel::{self, NamedKernel};
 use crate::paths::{self, Cache};
-use crate::prepare::{ACCELERATOR_VARIABLE, MachineOptions, Prepared};
+use crate::prepare::{ACCELERATOR_VARIABLE, Platform, Prepared};
 use crate::process::{capture, die_with_parent, run};
 use crate::reconcile::grouped;
 use crate::report::Report;
@@ -26,6 +26,8 @@ use crate::toolbox::TOOLBOX_VARIABLE;
 
 /// Package of the tests that boot VMs.
 const VM_TESTS: &str = "hmm-e2e";
+/// The one of its programs that boots the kernels of `images/kernels.toml`.
+const KERNEL_TESTS: &str = "kernels";
 /// For how long to try each fuzz target.
 const FUZZ: Duration = Duration::from_secs(8);
 /// Variable that tells these tests where this tool is.
@@ -89,11 +91,54 @@ enum Verdict {
     Skipped(String),
 }
 
-/// Runs everything; the last line on standard output is the tally.
+/// Runs everything, or only these programs of VM tests; the last line on standard output is the
+/// tally.
 ///
 /// # Errors
 /// What the VM tests need cannot be made.
-pub fn run_all(options: &MachineOptions) -> Result<Tally> {
+pub fn run_tests(platform: &Platform, only: &[String]) -> Result<Tally> {
+    let mut tally = Tally::default();
+    if only.is_empty() {
+        tally.add(without_vm()?);
+    }
+    // Made here, so that its progress shows and its failure has one cause.
+    let prepared = Prepared::new(&platform.clone().into())?;
+    let (cache, mirror) = (Cache::locate()?, platform.mirror.as_deref());
+    if only.is_empty() {
+        tally.add(module_checks(&prepared.toolbox().kernel()?, &cache, mirror));
+    }
+    let mut kernels = Vec::new();
+    if only.is_empty() || only.iter().any(|program| program == KERNEL_TESTS) {
+        for name in named_kernel::names()? {
+            let (made, checked) = kernel_checks(&name, &cache, mirror)?;
+            kernels.extend(made.then_some(name));
+            tally.add(checked);
+        }
+    }
+    let mut tests = cargo();
+    tests.args(["test", "--no-fail-fast", "--package", VM_TESTS]);
+    for program in only {
+        tests.args(["--test", program]);
+    }
+    tests.args(["--", "--include-ignored"]);
+    let tool = env::current_exe().at("find", "this program")?;
+    tests
+        .env(TOOL_VARIABLE, tool)
+        .env(ACCELERATOR_VARIABLE, prepared.accelerator().to_string())
+        .env(TOOLBOX_VARIABLE, platform.toolbox.to_string())
+        .env(KERNEL_VARIABLE, platform.kernel.to_string())
+        .env(KERNELS_VARIABLE, kernels.join(" "))
+        .env(IMAGE_VARIABLE, &prepared.kernel().image)
+        .env(MODULES_VARIABLE, &prepared.kernel().modules)
+        .envs(mirror.map(|mirror| (MIRROR_VARIABLE, mirror)));
+    tally.add(cargo_test(&mut tests)?);
+
+    println!("{tally}");
+    Ok(tally)
+}
+
+/// What needs no VM.
+fn without_vm() -> Result<Tally> {
     let mut tally = Tally::default();
     for check in [
         Check::cargo("rustfmt", &["fmt", "--all", "--check"]),
@@ -132,59 +177,34 @@ pub fn run_all(options: &MachineOptions) -> Result<Tally> {
     tally.add(cargo_test(&mut tests)?);
 
     tally.add(fuzz()?);
+    Ok(tally)
+}
 
-    // Made here, so that its progress shows and its failure has one cause.
-    let prepared = Prepared::new(options)?;
-    let cache = Cache::locate()?;
-    let stock = prepared.toolbox().kernel()?;
+/// The module on the stock kernel.
+fn module_checks(stock: &Kernel, cache: &Cache, mirror: Option<&str>) -> Tally {
+    let mut tally = Tally::default();
     for check in [
         ModuleCheck::Warnings,
         ModuleCheck::Sparse,
         ModuleCheck::Checkpatch,
     ] {
         let started = Instant::now();
-        let verdict = check.run(&stock, &cache, options.mirror.as_deref());
+        let verdict = check.run(stock, cache, mirror);
         tally.add(tell(check.name(), started, verdict));
     }
+    tally
+}
 
-    let mut kernels = Vec::new();
-    for name in named_kernel::names()? {
-        let started = Instant::now();
-        let mirror = options.mirror.as_deref();
-        let verdict = match NamedKernel::find(&name, &cache)?.make(&cache, mirror, Report) {
-            Ok(kernel) => {
-                kernels.push(name.clone());
-                ModuleCheck::Warnings.run(&kernel, &cache, mirror)
-            }
-            Err(error @ Error::NoPackage { .. }) => Verdict::Skipped(error.to_string()),
-            Err(error) => Verdict::Failed(with_sources(&error)),
-        };
-        let check = format!("{} on {name}", ModuleCheck::Warnings.name());
-        tally.add(tell(&check, started, verdict));
-    }
-
-    let mut tests = cargo();
-    tests.args(["test", "--no-fail-fast", "--package", VM_TESTS]);
-    tests.args(["--", "--include-ignored"]);
-    let tool = env::current_exe().at("find", "this program")?;
-    tests
-        .env(TOOL_VARIABLE, tool)
-        .env(ACCELERATOR_VARIABLE, prepared.accelerator().to_string())
-        .env(TOOLBOX_VARIABLE, options.toolbox.to_string())
-        .env(KERNEL_VARIABLE, options.kernel.to_string())
-        .env(KERNELS_VARIABLE, kernels.join(" "))
-        .env(IMAGE_VARIABLE, &prepared.kernel().image)
-        .env(MODULES_VARIABLE, &prepared.kernel().modules)
-        .envs(
-            options
-                .mirror
-                .iter()
-                .map(|mirror| (MIRROR_VARIABLE, mirror)),
-        );
-    tally.add(cargo_test(&mut tests)?);
-
-    println!("{tally}");
-    Ok(tally)
+/// Makes a kernel of that name, and builds the module for it. Returns whether it is made, too.
+fn kernel_checks(name: &str, cache: &Cache, mirror: Option<&str>) -> Result<(bool, Tally)> {
+    let started = Instant::now();
+    let (made, verdict) = match NamedKernel::find(name, cache)?.make(cache, mirror, Report) {
+        Ok(kernel) => (true, ModuleCheck::Warnings.run(&kernel, cache, mirror)),
+        Err(error @ Error::NoPackage { .. }) => (false, Verdict::Skipped(error.to_string())),
+        Err(error) => (false, Verdict::Failed(with_sources(&error))),
+    };
+    let check = format!("{} on {name}", ModuleCheck::Warnings.name());
+    Ok((made, tell(&check, started, verdict)))
 }
 
 /// Runs each fuzz target for a moment.

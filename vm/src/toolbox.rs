@@ -21,9 +21,10 @@ use crate::root::Root;
 pub const TOOLBOX_VARIABLE: &str = "VIRTIO_HMM_TOOLBOX";
 
 /// What the user asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
     /// This machine's own if all of it fits, else one made of Debian's packages.
+    #[default]
     Auto,
     /// This machine's own or an error.
     Host,

@@ -235,7 +235,7 @@ pub fn run(options: &MachineOptions, wanted: Wanted) -> Result<Torture> {
     let environment = Environment::of(&prepared)?;
     // What it runs on is found out, and told, once.
     let mut options = options.clone();
-    options.accel = match prepared.accelerator() {
+    options.platform.accel = match prepared.accelerator() {
         Accelerator::Kvm => Choice::Kvm,
         Accelerator::Tcg => Choice::Tcg,
     };
