@@ -17,7 +17,7 @@ pub const KERNEL_VARIABLE: &str = "VIRTIO_HMM_KERNEL";
 pub const OLDEST: Version = Version(7, 3);
 
 /// What the driver and the guest's first program need, which loads no other module.
-pub(crate) const NEEDED: [&str; 9] = [
+pub(crate) const NEEDED: [&str; 12] = [
     "BINFMT_ELF",
     "BLK_DEV_INITRD",
     "DEBUG_FS",
@@ -25,6 +25,9 @@ pub(crate) const NEEDED: [&str; 9] = [
     "DEVTMPFS",
     "MODULES",
     "SERIAL_8250_CONSOLE",
+    "TMPFS",
+    "TRACING",
+    "TRANSPARENT_HUGEPAGE",
     "VIRTIO_CONSOLE",
     "VIRTIO_PCI",
 ];
@@ -33,10 +36,10 @@ pub(crate) const NEEDED: [&str; 9] = [
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
     /// Debian's.
+    #[default]
     Stock,
     /// One of `images/kernels.toml`.
     Named(String),
-    #[default]
     /// A build tree of the user's.
     Tree(PathBuf),
 }
