@@ -58,7 +58,8 @@ enum vhmm_outcome {
  * @evict: what to make room with; NULL if that was not needed yet
  *
  * Owned by one task at a time. Reused from batch to batch, so that a long range
- * is migrated without allocating anything but pages.
+ * is migrated without allocating anything but pages and, to the device, one
+ * &struct vhmm_allocation for each.
  */
 struct vhmm_batch {
 	struct vhmm_device *dev;

@@ -253,7 +253,7 @@ int vhmm_chardev_register(struct vhmm_device *dev)
 	dev->misc.name = kasprintf(GFP_KERNEL, "hmm%d", dev->id);
 	dev->misc.fops = &vhmm_fops;
 	dev->misc.parent = &dev->vdev->dev;
-	/* It acts on the memory of its caller only, like madvise(). */
+	/* It acts on its caller's memory, and moves that of others at most. */
 	dev->misc.mode = 0666;
 	if (!dev->misc.name)
 		return -ENOMEM;

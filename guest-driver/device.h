@@ -37,8 +37,9 @@ struct vhmm_context;
  * @pgmap: its struct pages; an index into them is a device frame number
  * @resource: the physical address range that was reserved for @pgmap, NULL
  *	when there is none
- * @lock: protects the fields below. Taken in folio_free(), so possibly under
- *	a page-table lock or with interrupts off: always irqsave
+ * @lock: protects changes of the fields below, which evacuation and guesses
+ *	read without it. Taken in folio_free(), so possibly under a page-table
+ *	lock or with interrupts off: they are always off while it is held
  * @used: one bit per frame, set while the frame is allocated
  * @nr_frames: number of frames, constant
  * @nr_used: number of bits set in @used
@@ -58,7 +59,8 @@ struct vhmm_context;
  *
  * Lives as long as its &struct vhmm_device. @pgmap holds no reference on the
  * module: memunmap_pages(), at the latest in the driver's remove, waits until
- * the last page is free.
+ * the last page is free. Orphaned memory ends in @release_work instead, while
+ * @module_held.
  */
 struct vhmm_memory {
 	struct dev_pagemap pgmap;
@@ -87,7 +89,7 @@ struct vhmm_memory {
  * struct vhmm_stream - CPU faults that go up in memory
  * @mm: the address space; only ever compared
  * @next: where the next fault is expected, if they go on
- * @pages: how many pages the last one brought home
+ * @pages: how many pages the last one asked for
  * @batch: working memory for the next one, NULL while a fault has it, and at
  *	first
  *
@@ -113,7 +115,8 @@ struct vhmm_stream {
  * @gone: the driver was unbound; under @use
  * @closing: unbinding has begun; new migrations to the device are refused
  * @broken: the device missed a deadline or was lost; set once, never cleared
- * @reset_lock: serializes the one reset of a broken device; a leaf
+ * @reset_lock: serializes the one reset of a broken device; only the locks of
+ *	queues and of the memory are inside
  * @dma_stopped: that reset was done, so the device touches no memory any more;
  *	under @reset_lock
  * @memory: device memory

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Bring pages home whoever maps them: all, before the device is unbound or the
- * system sleeps.
+ * system sleeps; or those that eviction does not find at their addresses.
  */
 #include <linux/gfp.h>
 #include <linux/jiffies.h>
@@ -64,7 +64,7 @@ static unsigned long vhmm_evacuate_setup(struct vhmm_batch *b,
  * vhmm_evacuate_frames() - bring the pages of a block home by their frames
  * @b: working memory
  * @a: the allocation whose pages are meant; NULL for all, and then memory for
- *	them is waited for
+ *	small ones is waited for
  * @start: the first frame of the block
  *
  * Return: how many came home.

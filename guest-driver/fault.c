@@ -162,7 +162,7 @@ static void vhmm_fault_note(struct vhmm_stream *stream,
 	WRITE_ONCE(stream->pages, pages);
 }
 
-/* What the last fault had will do most often. */
+/* What the last fault had is large enough most often. */
 static struct vhmm_batch *vhmm_fault_batch(struct vhmm_device *dev,
 					   struct vhmm_stream *stream,
 					   unsigned int nr)

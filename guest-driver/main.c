@@ -71,8 +71,8 @@ void vhmm_device_put(struct vhmm_device *dev)
  *
  * A request that was not answered may still be running, and write to RAM. So
  * the device is reset before anybody is told that his request failed: when
- * this returns, nothing is touched any more. May sleep; callers hold mmap_lock
- * and page locks.
+ * this returns, nothing is touched any more. May sleep; callers may hold
+ * mmap_lock and page locks.
  */
 void vhmm_device_break(struct vhmm_device *dev, const char *why)
 {

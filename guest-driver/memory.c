@@ -218,8 +218,8 @@ void vhmm_memory_close(struct vhmm_device *dev)
 }
 
 /**
- * vhmm_memory_open() - give out frames again, unless the device is broken
- * @dev: the device
+ * vhmm_memory_open() - give out frames again
+ * @dev: the device; nothing is done if it is broken or being unbound
  */
 void vhmm_memory_open(struct vhmm_device *dev)
 {

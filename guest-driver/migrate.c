@@ -695,8 +695,8 @@ static int vhmm_release_mapping(struct vhmm_context *ctx,
  *
  * Unlike vhmm_migrate_range() it does not leave pages that are busy.
  *
- * Return: 0, -EBUSY when pages stayed busy up to the deadline of a request,
- * -EINTR, -ENOMEM or -EIO.
+ * Return: 0, -EBUSY when some pages could not be had before the deadline of a
+ * request, -EINTR, -ENOMEM or -EIO.
  */
 int vhmm_release_range(struct vhmm_context *ctx, struct virtio_hmm_release *arg)
 {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Pages come home before the system sleeps, hibernates, is reset or goes down:
- * what is in device memory then is lost.
+ * what is in device memory then may be lost.
  */
 #include <linux/freezer.h>
 #include <linux/sched/signal.h>

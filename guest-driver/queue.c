@@ -133,7 +133,7 @@ static bool vhmm_queue_has_space(struct vhmm_queue *q, struct vhmm_device *dev,
  * Sleeps while the ring is full, at most as long as the deadline of a request.
  *
  * Return: 0; -ENODEV when the device is broken; -ETIMEDOUT when the ring stayed
- * full; another negative errno when the request does not fit any ring.
+ * full; another negative errno when the transport refuses the request.
  */
 int vhmm_queue_submit(struct vhmm_queue *q, struct vhmm_request *r)
 {
@@ -153,7 +153,7 @@ int vhmm_queue_submit(struct vhmm_queue *q, struct vhmm_request *r)
 			seen = q->vq->num_free;
 		}
 		spin_unlock_irq(&q->lock);
-		/* -ENOMEM: an indirect table could not be had at once. */
+		/* -ENOMEM: a buffer could not be mapped for DMA at once. */
 		if (ret != -ENOSPC && ret != -ENOMEM)
 			break;
 		if (time_after(jiffies, deadline))

@@ -13,8 +13,9 @@ struct vhmm_request;
 
 /**
  * struct vhmm_queue - a virtqueue whose requests are waited for
- * @lock: serializes all operations on @vq; taken in the interrupt handler, so
- *	always irqsave; a leaf
+ * @lock: serializes all operations on @vq but virtqueue_notify() and
+ *	virtqueue_is_broken(); taken in the interrupt handler, so always with
+ *	interrupts off; a leaf
  * @vq: the virtqueue; NULL while it is not set up
  * @sleepers: number of waiters that need the interrupt; under @lock
  * @space: woken when descriptors became free

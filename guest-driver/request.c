@@ -170,8 +170,8 @@ static void vhmm_request_send(struct vhmm_request *r, struct vhmm_queue *q)
 }
 
 /*
- * A CPU has queues of its own where there are enough, and takes them in turn:
- * more queues than CPUs are more copies at a time.
+ * A CPU has a queue by its number, or several that it takes in turn where there
+ * are at least twice as many as CPUs: they are more copies at a time.
  */
 static struct vhmm_queue *vhmm_copy_queue(struct vhmm_device *dev)
 {

@@ -55,7 +55,7 @@ static u8 vhmm_huge_residency(struct vm_area_struct *vma, unsigned long pfn)
  * @mm: the address space; interrupts are off
  * @addr: the address
  * @pmd: receives the PMD entry, none if there is not even that
- * @pte: receives the PTE, none if @pmd does not point to a table
+ * @pte: receives the PTE if @pmd points to a table
  *
  * Return: true if @pte was read.
  */

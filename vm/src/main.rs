@@ -38,7 +38,7 @@ struct Cli {
 enum Command {
     /// Run a command in the guest and end with its exit status
     #[command(
-        after_help = "Exit status: the command's own (128+N if signal N ended it); \
+        after_help = "Exit status: the command's own (128+N if signal N ended it, or the run); \
         122 driver and device counted different amounts, 123 the guest's kernel complained, \
         124 a time limit, 125 any other failure."
     )]
@@ -66,8 +66,8 @@ enum Command {
     },
     /// Stress the device for a moment and compare what guest and host counted
     #[command(
-        after_help = "Exit status: 0 only if no page was wrong, the counters reconcile and \
-        the guest's log is clean; 1 if not, 123 to 125 as for run."
+        after_help = "Exit status: 0 only if every scenario passed, no page was wrong and the \
+        counters reconcile; 1 if not, 123 to 125 as for run."
     )]
     Demo {
         #[command(flatten)]
@@ -111,8 +111,8 @@ enum Command {
     },
     /// Measure the device beside test_hmm, swap and zram
     #[command(
-        after_help = "Exit status: 0 only if all was measured that can be, every byte was right \
-        and the counters reconcile; 1 if not, 123 to 125 as for run."
+        after_help = "Exit status: 0 only if the device was measured, its bytes were right and the \
+        counters reconcile; 1 if not, 123 to 125 as for run."
     )]
     Bench {
         #[command(flatten)]
@@ -161,8 +161,8 @@ enum Command {
     #[command(
         after_help = "Parts: conformance; delay, reorder, error, short, status, poison, drop, \
         stall and dead, each a fault on purpose; deaths; fuzz.\n\
-        Exit status: 0 only if no page was wrong, no guest's kernel complained and every part came \
-        to its end; 1 if not, 125 for a failure of the tool."
+        Exit status: 0 only if no page was wrong, no guest's kernel complained and every part \
+        passed; 1 if not, 125 for a failure of the tool."
     )]
     Torture {
         #[command(flatten)]

@@ -2,8 +2,8 @@
 /*
  * User interface of the virtio-hmm driver, on /dev/hmmN.
  *
- * All calls act on the address space of the caller, which must be the one that
- * opened the file; a child that inherited the file opens its own.
+ * All calls but INFO act on the address space of the caller, which must be the
+ * one that opened the file; a child that inherited the file opens its own.
  */
 #ifndef _UAPI_VIRTIO_HMM_H
 #define _UAPI_VIRTIO_HMM_H
@@ -67,8 +67,8 @@ enum virtio_hmm_direction {
  * @VIRTIO_HMM_SKIP_SWAPPED: in swap
  * @VIRTIO_HMM_SKIP_OTHER_DEVICE: in the memory of another device
  * @VIRTIO_HMM_SKIP_UNSUPPORTED: a kind of memory that does not migrate: file,
- *	shared, hugetlb or device mappings, guard pages, and holes that
- *	userfaultfd watches
+ *	shared, hugetlb or device mappings, guard pages, holes that
+ *	userfaultfd watches, and (to the device) memory that KSM may merge
  * @VIRTIO_HMM_SKIP_UNMAPPED: nothing is mapped there
  * @VIRTIO_HMM_SKIP_NO_MEMORY: no free memory at the destination
  * @VIRTIO_HMM_SKIP_COPY_FAILED: the device reported an error for it
@@ -166,7 +166,7 @@ struct virtio_hmm_query {
  * @flags: in: 0 or VIRTIO_HMM_RELEASE_ALL
  * @reserved: in: zero
  * @released: out: pages that came home
- * @remaining: out: pages that did not
+ * @remaining: out: pages that did not, of those that were reached
  */
 struct virtio_hmm_release {
 	__u64 start;
@@ -246,12 +246,13 @@ struct virtio_hmm_limit {
  * EINVAL	unaligned or empty range, or beyond user space; a range with
  *		VIRTIO_HMM_RELEASE_ALL; unknown flag; reserved not zero
  * EFAULT	the argument cannot be accessed
- * EBUSY	pages stayed busy up to the deadline of a request
+ * EBUSY	some pages could not be had before the deadline of a request
  * EINTR	a signal came
  * ENOMEM	no kernel memory for the work
  * EIO		the device is broken
  * EBADF	the file was opened by another address space
- * ENODEV	the device was unbound: all pages are home
+ * ENODEV	the device was unbound: all pages are home or, if it was
+ *		broken, lost
  */
 #define VIRTIO_HMM_IOCTL_RELEASE \
 	_IOWR(VIRTIO_HMM_IOCTL_TYPE, 0x03, struct virtio_hmm_release)
