@@ -496,11 +496,12 @@ fn torture() -> Result {
         check(number(at, "checked") > 0, || torture.to_string())?;
     }
     let total = |key: &str| torture.pointer(&format!("/total/{key}")).cloned();
-    let injected = number(0, "injected");
-    check(injected > 0 && number(1, "injected") == 1, || {
+    // Both copy queues may have taken a request when the device dies of the first.
+    let (errors, deaths) = (number(0, "injected"), number(1, "injected"));
+    check(errors > 0 && (1..=2).contains(&deaths), || {
         torture.to_string()
     })?;
-    check(total("injected") == Some(json!(injected + 1)), || {
+    check(total("injected") == Some(json!(errors + deaths)), || {
         torture.to_string()
     })?;
     for (key, expected) in [("kills", 1), ("wrong", 0), ("reports", 0)] {
