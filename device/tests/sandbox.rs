@@ -65,6 +65,7 @@ const FORBIDDEN: &[(&str, c_long, [c_long; 4])] = &[
     ("rename", libc::SYS_rename, [0, 0, 0, 0]),
     ("setuid", libc::SYS_setuid, [-1, 0, 0, 0]),
     ("socket", libc::SYS_socket, [-1, 0, 0, 0]),
+    ("tgkill SIGKILL", libc::SYS_tgkill, [-1, -1, 9, 0]),
     (
         "tgkill another",
         libc::SYS_tgkill,

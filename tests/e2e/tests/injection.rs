@@ -478,7 +478,9 @@ fn lost_and_doubled() -> Result {
 /// A fault that can be borne, one that cannot, and a daemon that is killed.
 fn torture() -> Result {
     let parts = ["error", "dead", "deaths"];
-    let run = vm(&["torture", "--json", "--duration", "1s", "--kills", "1"])?
+    // With more queues each may have taken a request when the device dies of the first.
+    let run = vm(&["torture", "--copy-queues=1", "--json"])?
+        .with(["--duration", "1s", "--kills", "1"])
         .with(parts.iter().flat_map(|part| ["--only", part]))
         .finish()?;
     run.expect_status(0)?;
@@ -496,12 +498,11 @@ fn torture() -> Result {
         check(number(at, "checked") > 0, || torture.to_string())?;
     }
     let total = |key: &str| torture.pointer(&format!("/total/{key}")).cloned();
-    // Both copy queues may have taken a request when the device dies of the first.
-    let (errors, deaths) = (number(0, "injected"), number(1, "injected"));
-    check(errors > 0 && (1..=2).contains(&deaths), || {
+    let injected = number(0, "injected");
+    check(injected > 0 && number(1, "injected") == 1, || {
         torture.to_string()
     })?;
-    check(total("injected") == Some(json!(errors + deaths)), || {
+    check(total("injected") == Some(json!(injected + 1)), || {
         torture.to_string()
     })?;
     for (key, expected) in [("kills", 1), ("wrong", 0), ("reports", 0)] {
