@@ -195,6 +195,33 @@ unsigned long vhmm_count_moved(const unsigned long *src,
 }
 
 /**
+ * vhmm_mark_moved() - mark the device frames that pages have moved away from
+ * @src: source entries after migrate_vma_pages(), and before finalize unlocks
+ *	the folios
+ * @dst: destination entries
+ * @nr: number of entries
+ *
+ * A frame is free only when its last reference is dropped. Until then it can
+ * be found by its number and locked, though it has no contents and no charge.
+ */
+void vhmm_mark_moved(const unsigned long *src, const unsigned long *dst,
+		     unsigned long nr)
+{
+	unsigned long i, run = vhmm_is_large(dst) ? nr : 1;
+	struct vhmm_device *dev;
+	struct page *page;
+
+	for (i = 0; i < nr; i += run) {
+		page = vhmm_has_moved(src, dst, i) ? migrate_pfn_to_page(src[i]) :
+						     NULL;
+		if (!page || !is_device_private_page(page))
+			continue;
+		dev = vhmm_pgmap_device(page_pgmap(page));
+		set_bit(vhmm_page_frame(dev, page), dev->memory.moved);
+	}
+}
+
+/**
  * vhmm_check_src() - check that no source entry was changed
  * @dev: the device
  * @src: the entries, just before migrate_vma_pages()

@@ -140,6 +140,8 @@ bool vhmm_take_ram(struct vhmm_batch *b, struct migrate_vma *args,
 void vhmm_drop_destination(unsigned long *dst, unsigned long i);
 unsigned long vhmm_count_moved(const unsigned long *src,
 			       const unsigned long *dst, unsigned long nr);
+void vhmm_mark_moved(const unsigned long *src, const unsigned long *dst,
+		     unsigned long nr);
 void vhmm_check_src(struct vhmm_device *dev, const unsigned long *src,
 		    const unsigned long *seen, unsigned long nr);
 void vhmm_copy_to_ram_begin(struct vhmm_device *dev, struct vhmm_request *r,

@@ -41,6 +41,9 @@ struct vhmm_context;
  *	read without it. Taken in folio_free(), so possibly under a page-table
  *	lock or with interrupts off: they are always off while it is held
  * @used: one bit per frame, set while the frame is allocated
+ * @moved: one bit per frame in use, set when its page has moved away and the
+ *	frame is about to be free; of a large folio, only the bit of the first.
+ *	Without @lock: set under the lock of the folio, cleared when it is freed
  * @nr_frames: number of frames, constant
  * @nr_used: number of bits set in @used
  * @nr_reserved: frames that are free, but promised to a migration
@@ -67,6 +70,7 @@ struct vhmm_memory {
 	struct resource *resource;
 	spinlock_t lock; /* see @lock above */
 	unsigned long *used;
+	unsigned long *moved;
 	unsigned long nr_frames;
 	unsigned long nr_used;
 	unsigned long nr_reserved;

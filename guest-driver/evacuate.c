@@ -32,6 +32,24 @@ static bool vhmm_is_large_frame(struct vhmm_device *dev, unsigned long frame)
 }
 
 /*
+ * Leave alone the frames whose pages another task has moved, and has not freed
+ * yet: the core comes to a page from an address, and never meets those. They
+ * are locked now, so a mark that will be there is there.
+ */
+static void vhmm_leave_moved(struct vhmm_batch *b, unsigned long nr)
+{
+	struct page *page;
+	unsigned long i;
+
+	for (i = 0; i < nr; i++) {
+		page = migrate_pfn_to_page(b->src[i]);
+		if (page && test_bit(vhmm_page_frame(b->dev, page),
+				     b->dev->memory.moved))
+			b->src[i] &= ~MIGRATE_PFN_MIGRATE;
+	}
+}
+
+/*
  * Lock and unmap the pages of a block that are in use, and put them into
  * @b->src. By frame and not by address: pages may be mapped by processes that
  * exec or exit just now, or by several after fork. Only trylocks.
@@ -81,6 +99,7 @@ unsigned long vhmm_evacuate_frames(struct vhmm_batch *b,
 	vhmm_migration_begin(&m, dev, b->trigger, 0, 0);
 	nr = vhmm_evacuate_setup(b, a, start);
 	m.nr = nr;
+	vhmm_leave_moved(b, nr);
 	vhmm_migration_lap(&m, VHMM_SETUP);
 	memcpy(b->src_seen, b->src, nr * sizeof(*b->src));
 	for (i = 0; i < nr; i++) {
@@ -102,6 +121,7 @@ unsigned long vhmm_evacuate_frames(struct vhmm_batch *b,
 	vhmm_migration_lap(&m, VHMM_COPY);
 	migrate_device_pages(b->src, b->dst, nr);
 	vhmm_migration_lap(&m, VHMM_PAGES);
+	vhmm_mark_moved(b->src, b->dst, nr);
 	moved = vhmm_count_moved(b->src, b->dst, nr);
 	migrate_device_finalize(b->src, b->dst, nr);
 	vhmm_migration_lap(&m, VHMM_FINALIZE);

@@ -120,6 +120,7 @@ static vm_fault_t vhmm_fault_range(struct vhmm_batch *b, struct vm_fault *vmf,
 
 	migrate_vma_pages(args);
 	vhmm_migration_lap(&m, VHMM_PAGES);
+	vhmm_mark_moved(args->src, args->dst, args->npages);
 	moved = vhmm_count_moved(args->src, args->dst, args->npages);
 	if (moved && vhmm_is_large(args->dst))
 		vhmm_count(dev, VHMM_THP_TO_SYSTEM, 1);

@@ -68,6 +68,7 @@ static void vhmm_folio_free(struct folio *folio)
 
 	vhmm_folio_forget(folio);
 	spin_lock_irqsave(&mem->lock, flags);
+	clear_bit(frame, mem->moved);
 	bitmap_clear(mem->used, frame, nr);
 	vhmm_update_block(mem, frame, -(int)nr);
 	vhmm_allocation_uncharge(dev, frame, nr);
@@ -102,12 +103,13 @@ static const struct dev_pagemap_ops vhmm_pagemap_ops = {
 static int vhmm_tables_alloc(struct vhmm_memory *mem)
 {
 	mem->used = bitmap_zalloc(mem->nr_frames, GFP_KERNEL);
+	mem->moved = bitmap_zalloc(mem->nr_frames, GFP_KERNEL);
 	mem->whole = bitmap_alloc(mem->nr_blocks, GFP_KERNEL);
 	mem->partial = bitmap_zalloc(mem->nr_blocks, GFP_KERNEL);
 	mem->in_use = kvcalloc(mem->nr_blocks, sizeof(*mem->in_use), GFP_KERNEL);
 	mem->owner = vcalloc(mem->nr_frames, sizeof(*mem->owner));
-	if (!mem->used || !mem->whole || !mem->partial || !mem->in_use ||
-	    !mem->owner)
+	if (!mem->used || !mem->moved || !mem->whole || !mem->partial ||
+	    !mem->in_use || !mem->owner)
 		return -ENOMEM;
 	bitmap_fill(mem->whole, mem->nr_blocks);
 	return 0;
@@ -116,6 +118,7 @@ static int vhmm_tables_alloc(struct vhmm_memory *mem)
 static void vhmm_tables_free(struct vhmm_memory *mem)
 {
 	bitmap_free(mem->used);
+	bitmap_free(mem->moved);
 	bitmap_free(mem->whole);
 	bitmap_free(mem->partial);
 	kvfree(mem->in_use);

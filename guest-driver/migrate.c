@@ -406,6 +406,7 @@ static void vhmm_migrate_vma(struct vhmm_batch *b, struct vm_area_struct *vma,
 		vhmm_migration_lap(&m, VHMM_COPY);
 		migrate_vma_pages(&args);
 		vhmm_migration_lap(&m, VHMM_PAGES);
+		vhmm_mark_moved(b->src, b->dst, args.npages);
 		moved = vhmm_account(b, args.npages, outcome);
 		migrate_vma_finalize(&args);
 		vhmm_migration_lap(&m, VHMM_FINALIZE);

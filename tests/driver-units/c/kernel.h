@@ -241,6 +241,8 @@ static inline void __assign_bit(unsigned long bit, unsigned long *map,
 		map[bit / BITS_PER_LONG] |= mask;
 }
 
+#define clear_bit(bit, map)			__assign_bit(bit, map, false)
+
 static inline void bitmap_set(unsigned long *map, unsigned int start,
 			      unsigned int nr)
 {

@@ -5,7 +5,6 @@ pub mod cases;
 pub mod ktap;
 pub mod patch;
 
-use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -13,12 +12,13 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
+use std::{env, fs};
 
 use hmm_vm::build::Programs;
 use hmm_vm::daemon::{Counted, Counters, counted, counters};
 use hmm_vm::error::with_sources;
 use hmm_vm::process::shell_line;
-use hmm_vm::testing::TOOL_VARIABLE;
+use hmm_vm::testing::{KERNELS_VARIABLE, TOOL_VARIABLE};
 use libtest_mimic::{Completion, Failed, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -69,6 +69,13 @@ pub fn skippable_trial(
     .with_ignored_flag(true)
 }
 
+/// Whether `cargo vm test` has made this kernel.
+#[must_use]
+pub fn kernel_is_made(kernel: &str) -> bool {
+    let made = env::var(KERNELS_VARIABLE).unwrap_or_default();
+    made.split(' ').any(|name| name == kernel)
+}
+
 /// Fails with a message unless the condition holds.
 ///
 /// # Errors
@@ -108,7 +115,7 @@ pub struct Tool {
 /// # Errors
 /// The test was not started by `cargo vm test`.
 pub fn vm(arguments: &[&str]) -> Result<Tool> {
-    let tool = std::env::var_os(TOOL_VARIABLE)
+    let tool = env::var_os(TOOL_VARIABLE)
         .ok_or_else(|| Failure("this boots a VM: run it with `cargo vm test`".into()))?;
     let temporary = tempfile::Builder::new().prefix("e2e").tempdir()?;
     let mut command = Command::new(tool);

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use libtest_mimic::Trial;
 
-use crate::{Result, check, trial};
+use crate::{Result, check, skippable_trial};
 
 /// A patch; what precedes its first file says what it breaks.
 #[derive(Debug)]
@@ -15,11 +15,16 @@ pub struct Patch {
     text: String,
 }
 
-/// A test of `group` for each patch in a directory.
+/// A test of `group` for each patch in a directory; `body` tells what is missing, as that of a
+/// [`skippable_trial`] does.
 ///
 /// # Errors
 /// The directory cannot be read.
-pub fn trials(group: &str, directory: &str, body: fn(&Patch) -> Result) -> Result<Vec<Trial>> {
+pub fn trials(
+    group: &str,
+    directory: &str,
+    body: fn(&Patch) -> Result<Option<String>>,
+) -> Result<Vec<Trial>> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(directory)? {
         paths.push(entry?.path());
@@ -27,7 +32,7 @@ pub fn trials(group: &str, directory: &str, body: fn(&Patch) -> Result) -> Resul
     paths.sort();
     let trial_of = |path: PathBuf| {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        trial(&format!("{group}::{name}"), move || {
+        skippable_trial(&format!("{group}::{name}"), move || {
             body(&Patch::read(path)?)
         })
     };

@@ -1,6 +1,7 @@
-//! The contract tests, those between tenants and those of deaths can fail: each patch in
-//! `broken-driver/` breaks one rule in a copy of the driver, and names the tests that have to
-//! notice. The model checker has to find one of them by itself.
+//! The contract tests, those between tenants, those of deaths and the scenarios can fail: each
+//! patch in `broken-driver/` breaks one rule in a copy of the driver, and names the tests that
+//! have to notice; a scenario notices on the debug kernel. The model checker has to find one of
+//! them by itself.
 
 #![allow(
     missing_docs,
@@ -10,11 +11,11 @@
 use std::path::Path;
 
 use hmm_e2e::patch::{self, Patch};
-use hmm_e2e::{Failure, Finished, Result, Tool, check, trial, vm};
+use hmm_e2e::{Failure, Finished, Result, Tool, check, kernel_is_made, trial, vm};
 use hmm_stress::deaths::Toll;
 use hmm_stress::report::Line;
 use hmm_vm::build::{copy_module_sources, module_sources};
-use hmm_vm::error::EXIT_COUNTERS;
+use hmm_vm::error::{EXIT_COUNTERS, EXIT_KERNEL};
 use libtest_mimic::Arguments;
 use tempfile::TempDir;
 
@@ -32,7 +33,7 @@ fn main() -> Result {
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-fn is_noticed(patch: &Patch) -> Result {
+fn is_noticed(patch: &Patch) -> Result<Option<String>> {
     let rules: Vec<_> = patch
         .lines("Inject: ")
         .flat_map(|rule| ["--inject", rule])
@@ -80,11 +81,19 @@ fn is_noticed(patch: &Patch) -> Result {
             check(toll.wrong > 0, || {
                 format!("nothing is wrong: {}", told(&run))
             })?;
+        } else if hmm_stress::scenario::NAMES.contains(&test) {
+            if !kernel_is_made("debug") {
+                return Ok(Some("needs the debug kernel".into()));
+            }
+            let run = run
+                .with(["--kernel", "debug", "--", "hmm-stress", "run", test])
+                .finish()?;
+            run.expect_status(i32::from(EXIT_KERNEL))?;
         } else {
             return Err(Failure(format!("there is no test {test:?}")));
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 fn told(run: &Finished) -> String {

@@ -8,8 +8,7 @@
 
 use std::time::Duration;
 
-use hmm_e2e::{Failure, NEEDS_VM, Result, check, vm};
-use hmm_vm::testing::KERNELS_VARIABLE;
+use hmm_e2e::{Failure, NEEDS_VM, Result, check, kernel_is_made, vm};
 use libtest_mimic::{Arguments, Completion, Trial};
 
 /// The debug kernel is several times slower than others.
@@ -30,8 +29,7 @@ fn main() {
 /// A test on a kernel that `cargo vm test` has made, if it could be had.
 fn kernel_trial(kernel: &'static str, body: fn() -> Result) -> Trial {
     let body = move || {
-        let made = std::env::var(KERNELS_VARIABLE).unwrap_or_default();
-        if !made.split(' ').any(|name| name == kernel) {
+        if !kernel_is_made(kernel) {
             return Ok(Completion::ignored_with("the mirror does not have it"));
         }
         body().map_err(|Failure(text)| text)?;
