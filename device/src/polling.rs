@@ -7,6 +7,10 @@ use std::time::{Duration, Instant};
 /// a device that is not used takes no time of its host.
 const WINDOW: Duration = Duration::from_millis(1);
 
+/// One look in so many yields the CPU: a yield takes longer than a look, and what comes
+/// meanwhile waits for its end.
+const LOOKS: u32 = 16;
+
 /// A yield that takes longer has given the CPU to something that wants it for good. To
 /// get it back takes a slice of the scheduler, some milliseconds, whereas a worker that
 /// sleeps is woken at once. What takes less is brief, as the timer tick of a vCPU.
@@ -29,6 +33,7 @@ pub struct Polling {
     /// Until when the CPU is left to others, if it is.
     until: Option<Instant>,
     pause: Duration,
+    looks: u32,
     short_yields: u32,
 }
 
@@ -60,6 +65,12 @@ impl Polling {
         true
     }
 
+    /// Whether to yield the CPU after this look at an empty ring.
+    pub fn yields(&mut self) -> bool {
+        self.looks = (self.looks + 1) % LOOKS;
+        self.looks == 0
+    }
+
     /// The worker has yielded its CPU at `begun` and has had it back at `done`.
     pub fn note_yield(&mut self, begun: Instant, done: Instant) {
         if done.saturating_duration_since(begun) > LOST {
@@ -89,6 +100,13 @@ mod tests {
         assert!(polling.note_request(|| now + MICROSECOND));
         assert!(polling.is_due(|| now + MICROSECOND));
         polling
+    }
+
+    #[test]
+    fn one_look_in_some_yields() {
+        let mut polling = Polling::default();
+        let yields = (0..4 * LOOKS).filter(|_| polling.yields()).count();
+        assert_eq!(yields, 4);
     }
 
     #[test]

@@ -159,10 +159,14 @@ impl Worker {
                 Ok(false) => {
                     drop(state);
                     if poll {
-                        // To whoever has something to do, the driver above all.
-                        let begun = Instant::now();
-                        thread::yield_now();
-                        self.polling.note_yield(begun, Instant::now());
+                        if self.polling.yields() {
+                            // To whoever has something to do, the driver above all.
+                            let begun = Instant::now();
+                            thread::yield_now();
+                            self.polling.note_yield(begun, Instant::now());
+                        } else {
+                            hint::spin_loop();
+                        }
                         self.now = None;
                     } else if !self.wait_awake() {
                         break;
