@@ -25,17 +25,17 @@ void vhmm_queue_init(struct vhmm_queue *q)
 static void vhmm_queue_drain(struct vhmm_queue *q)
 {
 	struct vhmm_request *r;
-	bool drained = false;
 	unsigned int len;
+	bool wake = false;
 
 	lockdep_assert_held(&q->lock);
 
 	while (q->vq && (r = virtqueue_get_buf(q->vq, &len))) {
 		r->used = len;
 		complete(&r->done);
-		drained = true;
+		wake = q->sleepers;
 	}
-	if (drained)
+	if (wake)
 		wake_up_all(&q->space);
 }
 
@@ -173,17 +173,17 @@ static bool vhmm_queue_poll(struct vhmm_queue *q, struct vhmm_request *r)
 {
 	u64 end = ktime_get_ns() + (u64)vhmm_poll_us * NSEC_PER_USEC;
 
-	do {
-		if (try_wait_for_completion(&r->done))
-			return true;
+	for (;;) {
 		if (spin_trylock_irq(&q->lock)) {
 			vhmm_queue_drain(q);
 			spin_unlock_irq(&q->lock);
 		}
+		if (try_wait_for_completion(&r->done))
+			return true;
+		if (ktime_get_ns() >= end || need_resched())
+			return false;
 		cpu_relax();
-	} while (ktime_get_ns() < end && !need_resched());
-
-	return try_wait_for_completion(&r->done);
+	}
 }
 
 /**
