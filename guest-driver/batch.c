@@ -52,8 +52,11 @@ struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
 	return b;
 }
 
-/* Free the pages of RAM that nothing came home to. */
-static void vhmm_free_ram(struct vhmm_batch *b)
+/**
+ * vhmm_free_ram() - free the pages of RAM that nothing came home to
+ * @b: the batch, which brings pages home
+ */
+void vhmm_free_ram(struct vhmm_batch *b)
 {
 	unsigned int i;
 
@@ -94,8 +97,13 @@ bool vhmm_can_come_home(const struct vhmm_batch *b, unsigned long i)
 	       vhmm_pfn_is_ours(b->dev, page_to_pfn(migrate_pfn_to_page(src)));
 }
 
-/* Whether it is not up to the kernel which node's RAM a mapping gets. */
-static bool vhmm_has_policy(const struct vm_area_struct *vma)
+/**
+ * vhmm_has_policy() - tell whether there is a memory policy
+ * @vma: a mapping that the current task allocates for
+ *
+ * Return: true if it is not up to the kernel which node's RAM it gets.
+ */
+bool vhmm_has_policy(const struct vm_area_struct *vma)
 {
 #ifdef CONFIG_NUMA
 	return vma->vm_policy || current->mempolicy ||

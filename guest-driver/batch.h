@@ -131,6 +131,8 @@ static inline unsigned long vhmm_ram_destination(struct folio *folio)
 struct vhmm_batch *vhmm_batch_alloc(struct vhmm_device *dev,
 				    enum vhmm_trigger trigger, unsigned int max);
 void vhmm_batch_free(struct vhmm_batch *b);
+void vhmm_free_ram(struct vhmm_batch *b);
+bool vhmm_has_policy(const struct vm_area_struct *vma);
 
 bool vhmm_can_come_home(const struct vhmm_batch *b, unsigned long i);
 void vhmm_alloc_ram_bulk(struct vhmm_batch *b, const struct vm_area_struct *vma,

@@ -94,8 +94,8 @@ struct vhmm_memory {
  * @mm: the address space; only ever compared
  * @next: where the next fault is expected, if they go on
  * @pages: how many pages the last one asked for
- * @batch: working memory for the next one, NULL while a fault has it, and at
- *	first
+ * @batch: working memory for the next one, with a page of RAM for it if there
+ *	was one; NULL while a fault has it, at first and after a while
  *
  * A guess, by which the pages to come are brought home in time. Read and
  * written without a lock: threads that share one cost each other their guesses.
@@ -136,6 +136,7 @@ struct vhmm_stream {
  * @generation: of the memory's contents, from the configuration space
  * @uuid: of the memory, from the configuration space
  * @streams: of the tasks that fault, by hash
+ * @trim: frees what @streams keep for the next faults
  * @next_cookie: the cookie of the next request
  * @counters: see counters.h
  * @debugfs: the directory of this device
@@ -166,6 +167,7 @@ struct vhmm_device {
 	u64 generation;
 	u8 uuid[16];
 	struct vhmm_stream streams[1 << VHMM_STREAM_BITS];
+	struct delayed_work trim;
 	atomic64_t next_cookie;
 
 	struct vhmm_counters __percpu *counters;
@@ -239,6 +241,7 @@ static inline bool vhmm_pfn_is_ours(const struct vhmm_device *dev,
 
 /* fault.c */
 vm_fault_t vhmm_migrate_to_ram(struct vm_fault *vmf);
+void vhmm_fault_trim(struct work_struct *work);
 
 /* evacuate.c */
 bool vhmm_evacuate(struct vhmm_device *dev, unsigned long timeout);

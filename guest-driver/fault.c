@@ -2,6 +2,7 @@
 /*
  * A CPU touched a page that is in device memory: bring it home.
  */
+#include <linux/cpuset.h>
 #include <linux/gfp.h>
 #include <linux/hash.h>
 #include <linux/ktime.h>
@@ -14,8 +15,35 @@
 #include "request.h"
 #include "trace.h"
 
+/* For how long what the last faults had is kept for the next ones. */
+#define VHMM_FAULT_KEEP		HZ
+
 /* A frame whose copy fails while the device works is asked for so often. */
 #define VHMM_FAULT_COPIES	3
+
+/*
+ * Whether the kernel might have given this task the page that is left from the
+ * last fault, which may have been another one's.
+ */
+static bool vhmm_fault_may_take(const struct page *spare,
+				const struct vm_area_struct *vma)
+{
+	int nid = page_to_nid(spare);
+
+	return !vhmm_has_policy(vma) && nid == numa_mem_id() &&
+	       node_isset(nid, cpuset_current_mems_allowed);
+}
+
+/*
+ * A page of RAM for the next fault, allocated and cleared while the device
+ * copies: without reclaim, since it may come to nothing.
+ */
+static void vhmm_fault_alloc_spare(struct vhmm_batch *b,
+				   const struct vm_area_struct *vma)
+{
+	if (!vhmm_is_large(b->src))
+		vhmm_alloc_ram_bulk(b, vma, VHMM_SPARE_GFP & ~__GFP_RECLAIM, 1);
+}
 
 /*
  * What was touched is worth reclaim and compaction. A large folio cannot be
@@ -25,6 +53,8 @@ static bool vhmm_fault_take_ram(struct vhmm_batch *b, struct migrate_vma *args)
 {
 	struct folio *folio;
 
+	if (b->pages[0] && !vhmm_fault_may_take(b->pages[0], args->vma))
+		vhmm_free_ram(b);
 	if (!vhmm_is_large(args->src))
 		return vhmm_take_ram(b, args, 0, GFP_HIGHUSER_MOVABLE, 0);
 	folio = vma_alloc_folio(GFP_TRANSHUGE, HPAGE_PMD_ORDER, args->vma,
@@ -69,8 +99,10 @@ static vm_fault_t vhmm_fault_copy(struct vhmm_batch *b, struct migrate_vma *args
 		/* Only at first: a page that has failed is asked for alone. */
 		if (!copies && nr > 1)
 			vhmm_fault_around_alloc(b, args);
-		vhmm_copy_to_ram(dev, b->copy, args->src, args->dst,
-				 args->npages);
+		vhmm_copy_to_ram_begin(dev, b->copy, args->src, args->dst,
+				       args->npages);
+		vhmm_fault_alloc_spare(b, args->vma);
+		vhmm_copy_to_ram_end(b->copy, args->dst);
 		if (args->dst[0])
 			return 0;
 		for (i = 1; i < nr; i++)
@@ -197,9 +229,27 @@ static vm_fault_t vhmm_fault(struct vhmm_device *dev, struct vm_fault *vmf)
 		return VM_FAULT_OOM;
 	ret = vhmm_fault_range(b, vmf, &args);
 	vhmm_batch_free(xchg(&stream->batch, b));
+	if (!delayed_work_pending(&dev->trim))
+		schedule_delayed_work(&dev->trim, VHMM_FAULT_KEEP);
 	if (!large)
 		vhmm_fault_note(stream, vmf->vma->vm_mm, start, nr);
 	return ret;
+}
+
+/**
+ * vhmm_fault_trim() - free the working memory that no fault has now
+ * @work: of the device
+ *
+ * A page of RAM in it would keep its memory from being taken offline.
+ */
+void vhmm_fault_trim(struct work_struct *work)
+{
+	struct vhmm_device *dev = container_of(to_delayed_work(work),
+					       struct vhmm_device, trim);
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(dev->streams); i++)
+		vhmm_batch_free(xchg(&dev->streams[i].batch, NULL));
 }
 
 /**

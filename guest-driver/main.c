@@ -44,10 +44,9 @@ static DEFINE_IDA(vhmm_ida);
 static void vhmm_device_free(struct kref *ref)
 {
 	struct vhmm_device *dev = container_of(ref, struct vhmm_device, ref);
-	unsigned int i;
 
-	for (i = 0; i < ARRAY_SIZE(dev->streams); i++)
-		vhmm_batch_free(dev->streams[i].batch);
+	cancel_delayed_work_sync(&dev->trim);
+	vhmm_fault_trim(&dev->trim.work);
 	vhmm_batch_free(dev->evacuation);
 	ida_free(&vhmm_ida, dev->id);
 	free_percpu(dev->counters);
@@ -195,6 +194,7 @@ static int vhmm_probe(struct virtio_device *vdev)
 	init_rwsem(&dev->use);
 	mutex_init(&dev->reset_lock);
 	mutex_init(&dev->evacuation_lock);
+	INIT_DELAYED_WORK(&dev->trim, vhmm_fault_trim);
 	dev->vdev = vdev;
 	vdev->priv = dev;
 	vhmm_queue_init(&dev->control);

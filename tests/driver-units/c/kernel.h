@@ -158,6 +158,10 @@ struct work_struct {
 	work_func_t func;
 };
 
+struct delayed_work {
+	struct work_struct work;
+};
+
 struct workqueue_struct;
 
 #define WQ_UNBOUND				0
