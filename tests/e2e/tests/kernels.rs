@@ -8,8 +8,8 @@
 
 use std::time::Duration;
 
-use hmm_e2e::{Failure, NEEDS_VM, Result, check, kernel_is_made, vm};
-use libtest_mimic::{Arguments, Completion, Trial};
+use hmm_e2e::{Result, check, kernel_is_made, skippable_trial, vm};
+use libtest_mimic::{Arguments, Trial};
 
 /// The debug kernel is several times slower than others.
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
@@ -28,16 +28,13 @@ fn main() {
 
 /// A test on a kernel that `cargo vm test` has made, if it could be had.
 fn kernel_trial(kernel: &'static str, body: fn() -> Result) -> Trial {
-    let body = move || {
+    skippable_trial(&format!("stress_passes_on_{kernel}"), move || {
         if !kernel_is_made(kernel) {
-            return Ok(Completion::ignored_with("the mirror does not have it"));
+            return Ok(Some("the mirror does not have it".into()));
         }
-        body().map_err(|Failure(text)| text)?;
-        Ok(Completion::Completed)
-    };
-    Trial::ignorable_test(format!("stress_passes_on_{kernel}"), body)
-        .with_kind(NEEDS_VM)
-        .with_ignored_flag(true)
+        body()?;
+        Ok(None)
+    })
 }
 
 /// A report ends the run with a status of its own. Leaks are found when they are asked for:
