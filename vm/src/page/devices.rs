@@ -216,9 +216,15 @@ fn failures(history: &History, time: &Axis) -> Markup {
             let text = format!("{from:.1} s: {failed:.0} failed, {injected:.0} on purpose");
             (from, to, text)
         });
+    // From nothing, even if the first sample has all of them.
+    let nothing = history
+        .samples
+        .first()
+        .map(|first| (first.at, first.at, 0.0));
+    let steps = |of| nothing.into_iter().chain(sums(of));
     chart.draw(&html! {
-        (chart.steps("s3", sums(|sample| sample.injected)))
-        (chart.steps("s4", sums(|sample| sample.failed)))
+        (chart.steps("s3", steps(|sample| sample.injected)))
+        (chart.steps("s4", steps(|sample| sample.failed)))
         (chart.titles(titles))
     })
 }
