@@ -26,6 +26,12 @@ pub const FAULTS: usize = 1024;
 /// Memory of so many pages goes out once in a round, for all works together.
 const ROOMY: usize = 16 * FAULTS;
 
+/// So many pages go out at a time, of all threads together.
+const AT_A_TIME: usize = ROOMY;
+
+/// After which no more pages go out.
+const LONG_ENOUGH: Duration = Duration::from_secs(3);
+
 /// Isolated faults of one round.
 const ISOLATED_FAULTS: usize = 20;
 
@@ -113,16 +119,20 @@ fn transfers(
     let (mut out, mut besides, mut back) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
     for _ in 0..turns {
         let subject = Subject::new(session, memory, rng)?;
-        let all: Vec<Part> = subject.parts().collect();
-        out += subject.send_out()?;
-        besides += subject.besides()?;
-        back += subject.come_back(&all)?;
+        let (time, gone) = subject.send_out()?;
+        out += time;
+        besides += subject.besides(&gone)?;
+        back += subject.come_back(&gone)?;
         subject.check()?;
     }
     let pages = turns * memory.page_count();
     let mut samples = sent(out, besides, pages);
     samples.push((Step::Back, Sample::of(back, pages)));
     Ok(samples)
+}
+
+fn page_count(parts: &[Part]) -> usize {
+    parts.iter().map(|part| part.pages.len()).sum()
 }
 
 /// What it took to send pages out, and what that did besides.
@@ -135,8 +145,8 @@ fn sent(out: Duration, besides: Duration, pages: usize) -> Vec<(Step, Sample)> {
     samples
 }
 
-/// Sends memory out once; then faults are in the first half of each thread's part, and the
-/// other half comes back by request.
+/// Sends memory out once; then faults are in the first half of what has gone of each thread's
+/// part, and the other half comes back by request.
 fn transfers_and_faults(
     session: &dyn Session,
     memory: Memory,
@@ -144,21 +154,18 @@ fn transfers_and_faults(
 ) -> Result<Vec<(Step, Sample)>, Failure> {
     let subject = Subject::new(session, memory, rng)?;
     let middle = |part: &Part| part.pages.start + part.pages.len() / 2;
-    let out = subject.send_out()?;
-    let besides = subject.besides()?;
-    let mut samples = sent(out, besides, memory.page_count());
+    let (out, gone) = subject.send_out()?;
+    let besides = subject.besides(&gone)?;
+    let mut samples = sent(out, besides, page_count(&gone));
     for (step, skipped) in FAULTED.into_iter().zip([0, subject.fault_limit()]) {
-        let among = |part: Part| part.pages.start + skipped..middle(&part);
-        let (time, count) = subject.read(step, among, rng)?;
+        let among = |part: &Part| part.pages.start + skipped..middle(part);
+        let (time, count) = subject.read(step, gone.iter().map(among), rng)?;
         samples.push((step, Sample::of(time, count)));
     }
-    let rest: Vec<Part> = subject
-        .parts()
-        .map(|part| subject.part(middle(&part)..part.pages.end))
-        .collect();
+    let rest = |part| subject.part(middle(part)..part.pages.end);
+    let rest: Vec<Part> = gone.iter().map(rest).collect();
     let back = subject.come_back(&rest)?;
-    let pages = rest.iter().map(|part| part.pages.len()).sum();
-    samples.push((Step::Back, Sample::of(back, pages)));
+    samples.push((Step::Back, Sample::of(back, page_count(&rest))));
     subject.check()?;
     Ok(samples)
 }
@@ -175,8 +182,9 @@ fn faults(
         let (mut times, mut counts) = (Duration::ZERO, 0);
         for _ in 0..turns {
             let subject = Subject::new(session, memory, rng)?;
-            subject.send_out()?;
-            let (time, count) = subject.read(step, |part| part.pages, rng)?;
+            let (_, gone) = subject.send_out()?;
+            let among = gone.into_iter().map(|part| part.pages);
+            let (time, count) = subject.read(step, among, rng)?;
             subject.check()?;
             times += time;
             counts += count;
@@ -317,17 +325,31 @@ impl<'a> Subject<'a> {
         })
     }
 
-    /// Sends all out, and returns the time that it took.
-    fn send_out(&self) -> Result<Duration, Failure> {
+    /// Sends out one piece of each part after the other, until that has taken long enough.
+    /// Returns the time that it took, and of each part what has gone.
+    fn send_out(&self) -> Result<(Duration, Vec<Part>), Failure> {
         let all: Vec<Part> = self.parts().collect();
-        let out = self.until(&all, pagemap::Entry::swap, |part| self.session.out(part))?;
-        self.session
-            .settle(&self.part(0..self.memory.page_count()))?;
-        Ok(out)
+        let (mut time, mut gone) = (Duration::ZERO, 0);
+        let each = self.memory.page_count() / self.memory.threads;
+        let of_each = |from: usize, to: usize| -> Vec<Part> {
+            let starts = all.iter().map(|part| part.pages.start);
+            let pieces = starts.map(|start| self.part(start + from..start + to));
+            pieces.collect()
+        };
+        while gone < each && time < LONG_ENOUGH {
+            let next = (gone + AT_A_TIME / self.memory.threads).min(each);
+            let pieces = of_each(gone, next);
+            time += self.until(&pieces, pagemap::Entry::swap, |part| self.session.out(part))?;
+            gone = next;
+        }
+        let parts = of_each(0, gone);
+        parts
+            .iter()
+            .try_for_each(|part| self.session.settle(part))?;
+        Ok((time, parts))
     }
 
-    fn besides(&self) -> Result<Duration, Failure> {
-        let parts: Vec<Part> = self.parts().collect();
+    fn besides(&self, parts: &[Part]) -> Result<Duration, Failure> {
         self.together(|thread| self.session.besides(&parts[thread]))
     }
 
@@ -336,18 +358,17 @@ impl<'a> Subject<'a> {
         FAULTS / self.memory.threads
     }
 
-    /// Has each thread read pages of its part that are `among` these, in order or not. Returns
-    /// the time, and how many they were.
+    /// Has each thread read pages that are `among` its own, in order or not. Returns the time,
+    /// and how many they were.
     fn read(
         &self,
         step: Step,
-        among: impl Fn(Part) -> Range<usize>,
+        among: impl Iterator<Item = Range<usize>>,
         rng: &mut Rng,
     ) -> Result<(Duration, usize), Failure> {
-        let orders: Vec<Vec<usize>> = self
-            .parts()
-            .map(|part| {
-                let mut pages: Vec<usize> = among(part).collect();
+        let orders: Vec<Vec<usize>> = among
+            .map(|pages| {
+                let mut pages: Vec<usize> = pages.collect();
                 if step == Step::RandomFaults {
                     rng.shuffle(&mut pages);
                 }
