@@ -134,7 +134,7 @@ impl Bench {
         let _ = writeln!(
             text,
             "\nmedian of {} rounds (lowest-highest); after it virtio-hmm's speed divided by this\n\
-            one's: above 1 virtio-hmm is the faster; commit {commit}, seed {}\n\
+            one's, of geometric means: above 1 virtio-hmm is the faster; commit {commit}, seed {}\n\
             Linux {kernel} on QEMU {qemu}, {accelerator}, {cpus} CPUs of {cpu}\n\
             boot {:.1} s, measurement {:.1} s, all {:.1} s",
             self.rounds, self.seed, self.boot_seconds, self.bench_seconds, self.seconds

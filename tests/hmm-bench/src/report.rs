@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use virtio_hmm_client::PAGE_SIZE;
 
 use crate::contender::Contender;
-use crate::statistics::{Spread, quantile};
+use crate::statistics::{Spread, geometric_mean, quantile};
 use crate::work::{Memory, Pages, Step, Work};
 
 /// Why a cell is empty of which no round says why.
@@ -71,8 +71,9 @@ pub struct Cell {
     /// The 99th percentile of all isolated faults, in nanoseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub p99_ns: Option<f64>,
-    /// The contender's median time divided by that of virtio-hmm: above 1 where virtio-hmm is
-    /// the faster.
+    /// The geometric mean of the contender's rounds divided by that of virtio-hmm's: above 1
+    /// where virtio-hmm is the faster. Medians of a few rounds jump where the machine has two
+    /// speeds.
     pub ratio: Option<f64>,
     /// Each round, as in `page_ns`.
     pub rounds_ns: Vec<f64>,
@@ -167,13 +168,11 @@ impl Results {
         works.dedup();
         let mut cells = Vec::new();
         for work in works {
-            let ours = self.cell(work, Contender::VirtioHmm).page_ns;
+            let ours = geometric_mean(&self.cell(work, Contender::VirtioHmm).rounds_ns);
             for &contender in &self.contenders {
                 let mut cell = self.cell(work, contender);
-                cell.ratio = cell
-                    .page_ns
-                    .zip(ours)
-                    .map(|(theirs, ours)| theirs.median / ours.median);
+                let theirs = geometric_mean(&cell.rounds_ns);
+                cell.ratio = theirs.zip(ours).map(|(theirs, ours)| theirs / ours);
                 cells.push(cell);
             }
         }
@@ -352,17 +351,22 @@ mod tests {
         let mut lines = samples(
             Contender::VirtioHmm,
             Step::Back,
-            &[&[4096.0], &[8192.0], &[2048.0]],
+            &[&[4096.0], &[4096.0], &[512.0]],
         );
         lines.extend(samples(Contender::TestHmm, Step::Back, &[&[8192.0]]));
         let cells = results(lines).cells();
         assert_eq!(cells.len(), 2);
         let rate = cells[0].megabytes().unwrap();
-        assert_eq!((rate.low, rate.median, rate.high), (500.0, 1000.0, 2000.0));
-        assert_eq!((cells[0].ratio, cells[1].ratio), (Some(1.0), Some(2.0)));
+        assert_eq!((rate.low, rate.median, rate.high), (1000.0, 1000.0, 8000.0));
+        assert_eq!(cells[0].ratio, Some(1.0));
+        let ratio = cells[1].ratio.unwrap();
+        assert!(
+            (ratio - 4.0).abs() < 1e-9,
+            "of the means, not the medians: {ratio}"
+        );
         let text = table(&cells);
-        assert!(text.contains("1000 (500-2000)"), "{text}");
-        assert!(text.contains("500 (500-500)  2.00x"), "{text}");
+        assert!(text.contains("1000 (1000-8000)"), "{text}");
+        assert!(text.contains("500 (500-500)  4.00x"), "{text}");
     }
 
     #[test]

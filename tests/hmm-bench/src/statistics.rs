@@ -1,4 +1,4 @@
-//! Medians and spreads.
+//! Medians, spreads and means.
 
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +42,14 @@ pub fn quantile(values: &[f64], part: f64) -> Option<f64> {
     Some(low + (high - low) * (last as f64 * part - below as f64))
 }
 
+/// The geometric mean of values above 0: ratios of it do not depend on what is divided by what
+/// (P. J. Fleming and J. J. Wallace, "How not to lie with statistics", CACM 29(3), 1986).
+#[must_use]
+pub fn geometric_mean(values: &[f64]) -> Option<f64> {
+    let logarithms: f64 = values.iter().map(|value| value.ln()).sum();
+    (!values.is_empty()).then(|| (logarithms / values.len() as f64).exp())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,6 +68,15 @@ mod tests {
         assert_eq!(quantile(&values, 0.99), Some(99.0));
         assert_eq!(quantile(&values, 1.0), Some(100.0));
         assert_eq!(quantile(&[1.0, 2.0], 0.99), Some(1.99));
+    }
+
+    #[test]
+    fn the_geometric_mean_of_reciprocals_is_the_reciprocal() {
+        let mean = geometric_mean(&[1.0, 8.0, 27.0]).unwrap();
+        assert!((mean - 6.0).abs() < 1e-9, "{mean}");
+        let other = geometric_mean(&[1.0, 1.0 / 8.0, 1.0 / 27.0]).unwrap();
+        assert!((mean * other - 1.0).abs() < 1e-9, "{other}");
+        assert_eq!(geometric_mean(&[]), None);
     }
 
     #[test]
