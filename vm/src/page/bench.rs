@@ -32,7 +32,8 @@ pub(super) fn page_of(bench: &Bench) -> Markup {
             h2 { "Ratios" }
             p {
                 "Median (lowest-highest), or the 99th percentile of isolated faults; after it "
-                "virtio-hmm's speed divided by this one's: above 1 virtio-hmm is the faster."
+                "virtio-hmm's speed divided by this one's, of the rounds' geometric means: above 1 "
+                "virtio-hmm is the faster."
             }
             (ratios(bench))
             (missing(bench))
