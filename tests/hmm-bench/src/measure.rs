@@ -32,8 +32,9 @@ const AT_A_TIME: usize = ROOMY;
 /// After which no more pages go out.
 const LONG_ENOUGH: Duration = Duration::from_secs(3);
 
-/// Isolated faults of one round.
-const ISOLATED_FAULTS: usize = 20;
+/// Isolated faults of one round, and as many after a pause: both together need no more huge
+/// pages than 64 MiB have.
+const ISOLATED_FAULTS: usize = 16;
 
 /// Pages between isolated faults: what the kernel reads ahead does not come near the next, nor
 /// does a huge page.
@@ -44,8 +45,8 @@ const fn apart(pages: Pages) -> usize {
     }
 }
 
-/// Pause before an isolated fault, in which everything that polls goes to sleep.
-pub const PAUSE: Duration = Duration::from_millis(15);
+/// A pause in which everything that polls goes to sleep.
+const PAUSE: Duration = Duration::from_millis(15);
 
 /// Memory that is worked on in one round, at least: smaller memory is worked on again.
 const ENOUGH: usize = 256 << 10;
@@ -102,9 +103,8 @@ pub fn measure(
     if !roomy && faulted {
         samples.extend(faults(session, memory, rng)?);
     }
-    if steps.contains(&Step::IsolatedFault) {
-        let sample = isolated(session, memory, rng)?;
-        samples.push((Step::IsolatedFault, sample));
+    if steps.iter().any(|step| step.is_isolated()) {
+        samples.extend(isolated(session, memory, rng)?);
     }
     samples.retain(|(step, _)| steps.contains(step));
     Ok(samples)
@@ -194,26 +194,41 @@ fn faults(
     Ok(samples)
 }
 
-fn isolated(session: &dyn Session, memory: Memory, rng: &mut Rng) -> Result<Sample, Failure> {
+/// Reads pages that are far from one another: at once, and then with a pause before each.
+fn isolated(
+    session: &dyn Session,
+    memory: Memory,
+    rng: &mut Rng,
+) -> Result<Vec<(Step, Sample)>, Failure> {
+    let pauses = [
+        (Step::IsolatedFault, Duration::ZERO),
+        (Step::IdleFault, PAUSE),
+    ];
     let apart = apart(memory.pages);
     // No more than these need.
     let memory = Memory {
-        bytes: ISOLATED_FAULTS * apart * PAGE_SIZE,
+        bytes: pauses.len() * ISOLATED_FAULTS * apart * PAGE_SIZE,
         ..memory
     };
     let subject = Subject::new(session, memory, rng)?;
     let mut pages: Vec<usize> = (0..memory.page_count()).step_by(apart).collect();
     rng.shuffle(&mut pages);
     subject.send_out()?;
-    let mut page_ns = Vec::new();
-    for &page in &pages {
-        thread::sleep(PAUSE);
-        let start = Instant::now();
-        subject.touch(page);
-        page_ns.push(start.elapsed().as_nanos() as f64);
+    let mut samples = Vec::new();
+    for ((step, pause), pages) in pauses.into_iter().zip(pages.chunks(ISOLATED_FAULTS)) {
+        let mut page_ns = Vec::new();
+        for &page in pages {
+            if !pause.is_zero() {
+                thread::sleep(pause);
+            }
+            let start = Instant::now();
+            subject.touch(page);
+            page_ns.push(start.elapsed().as_nanos() as f64);
+        }
+        samples.push((step, Sample { page_ns }));
     }
     subject.check()?;
-    Ok(Sample { page_ns })
+    Ok(samples)
 }
 
 impl<'a> Subject<'a> {

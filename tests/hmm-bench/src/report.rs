@@ -190,7 +190,7 @@ impl Results {
                 .filter_map(|round| quantile(round, 0.5))
                 .collect(),
         };
-        let isolated = work.step == Step::IsolatedFault && missing.is_none();
+        let isolated = work.step.is_isolated() && missing.is_none();
         Cell {
             contender,
             work,
@@ -279,6 +279,7 @@ pub fn name(step: Step) -> &'static str {
         Step::SequentialFaults => "sequential, us a page",
         Step::RandomFaults => "random, us a page",
         Step::IsolatedFault => "isolated fault, us",
+        Step::IdleFault => "isolated after pause, us",
     }
 }
 

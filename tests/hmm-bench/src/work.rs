@@ -94,25 +94,34 @@ pub enum Step {
     SequentialFaults,
     /// Pages come back because they are read, in random order all over the memory.
     RandomFaults,
-    /// One page comes back because it is read, far from others and after a pause.
+    /// One page comes back because it is read, far from others.
     IsolatedFault,
+    /// The same after a pause.
+    IdleFault,
 }
 
 impl Step {
     /// All of them, in their order.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::ToDevice,
         Self::ToDeviceNet,
         Self::Back,
         Self::SequentialFaults,
         Self::RandomFaults,
         Self::IsolatedFault,
+        Self::IdleFault,
     ];
 
     /// Whether it is about bytes a second, and not about the time for a page.
     #[must_use]
     pub fn is_transfer(self) -> bool {
         matches!(self, Self::ToDevice | Self::ToDeviceNet | Self::Back)
+    }
+
+    /// Whether it is about single pages that are far from one another.
+    #[must_use]
+    pub fn is_isolated(self) -> bool {
+        matches!(self, Self::IsolatedFault | Self::IdleFault)
     }
 }
 
@@ -125,6 +134,7 @@ impl fmt::Display for Step {
             Self::SequentialFaults => "sequential-faults",
             Self::RandomFaults => "random-faults",
             Self::IsolatedFault => "isolated-fault",
+            Self::IdleFault => "idle-fault",
         })
     }
 }
@@ -162,7 +172,7 @@ pub fn all() -> impl Iterator<Item = Work> {
         Step::ALL
             .into_iter()
             .filter(move |&step| {
-                step != Step::IsolatedFault || (memory.bytes == ISOLATED && memory.threads == 1)
+                !step.is_isolated() || (memory.bytes == ISOLATED && memory.threads == 1)
             })
             .map(move |step| Work { memory, step })
     })
