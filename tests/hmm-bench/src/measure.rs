@@ -218,9 +218,7 @@ fn isolated(
     for ((step, pause), pages) in pauses.into_iter().zip(pages.chunks(ISOLATED_FAULTS)) {
         let mut page_ns = Vec::new();
         for &page in pages {
-            if !pause.is_zero() {
-                thread::sleep(pause);
-            }
+            thread::sleep(pause);
             let start = Instant::now();
             subject.touch(page);
             page_ns.push(start.elapsed().as_nanos() as f64);
@@ -269,10 +267,22 @@ impl<'a> Subject<'a> {
         }
     }
 
+    /// Pages of each thread.
+    fn each(&self) -> usize {
+        self.memory.page_count() / self.memory.threads
+    }
+
+    /// The same piece of the pages of each thread.
+    fn pieces(&self, of_each: Range<usize>) -> impl Iterator<Item = Part> {
+        (0..self.memory.threads).map(move |thread| {
+            let first = thread * self.each();
+            self.part(first + of_each.start..first + of_each.end)
+        })
+    }
+
     /// Those of the threads.
     fn parts(&self) -> impl Iterator<Item = Part> {
-        let each = self.memory.page_count() / self.memory.threads;
-        (0..self.memory.threads).map(move |thread| self.part(thread * each..(thread + 1) * each))
+        self.pieces(0..self.each())
     }
 
     /// The time from the first thread's start to the last one's end.
@@ -343,21 +353,14 @@ impl<'a> Subject<'a> {
     /// Sends out one piece of each part after the other, until that has taken long enough.
     /// Returns the time that it took, and of each part what has gone.
     fn send_out(&self) -> Result<(Duration, Vec<Part>), Failure> {
-        let all: Vec<Part> = self.parts().collect();
         let (mut time, mut gone) = (Duration::ZERO, 0);
-        let each = self.memory.page_count() / self.memory.threads;
-        let of_each = |from: usize, to: usize| -> Vec<Part> {
-            let starts = all.iter().map(|part| part.pages.start);
-            let pieces = starts.map(|start| self.part(start + from..start + to));
-            pieces.collect()
-        };
-        while gone < each && time < LONG_ENOUGH {
-            let next = (gone + AT_A_TIME / self.memory.threads).min(each);
-            let pieces = of_each(gone, next);
+        while gone < self.each() && time < LONG_ENOUGH {
+            let next = (gone + AT_A_TIME / self.memory.threads).min(self.each());
+            let pieces: Vec<Part> = self.pieces(gone..next).collect();
             time += self.until(&pieces, pagemap::Entry::swap, |part| self.session.out(part))?;
             gone = next;
         }
-        let parts = of_each(0, gone);
+        let parts: Vec<Part> = self.pieces(0..gone).collect();
         parts
             .iter()
             .try_for_each(|part| self.session.settle(part))?;
